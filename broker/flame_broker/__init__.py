@@ -1,0 +1,1 @@
+"""The contract that clients and workers share: messages, codec, transports, store, resources."""

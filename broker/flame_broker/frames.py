@@ -1,0 +1,326 @@
+"""Records to signed bytes and back.
+
+A frame is::
+
+    "FLM" · version u8 · key id 4 · HMAC-SHA256 32 · msgpack [kind, queue, …, items]
+
+The signature covers the first eight bytes and the payload, and the payload begins with the
+circumstances: the queue it is meant for, reply address, attempt, expiry. So a frame that was moved
+to another queue, or changed in flight, does not hold (PROTOCOL.md, rule 1).
+
+``decode`` trusts nothing: whatever bytes it is given, it returns a record or raises one of
+``MalformedMessage``, ``VersionMismatch``, ``UnknownKey``, ``SignatureError``. It never unpickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple, cast
+
+import msgpack
+
+from flame_broker.errors import MalformedMessage, SignatureError, UnknownKey, VersionMismatch
+from flame_broker.keys import KEY_ID_BYTES, Key, Keyring
+from flame_broker.messages import (
+    Call,
+    CallFrame,
+    CallSpec,
+    ControlFrame,
+    Event,
+    EventFrame,
+    EventKind,
+    Frame,
+    Result,
+    ResultFrame,
+    Status,
+    Target,
+)
+from flame_broker.objects import ObjectRef, is_sha256
+from flame_broker.signing import SIGNATURE_BYTES, sign, verify
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MAX_FRAME_BYTES",
+    "Opened",
+    "decode",
+    "encode",
+    "identity",
+    "open_frame",
+    "resign",
+]
+
+FORMAT_VERSION: Final = 1
+"""Written into every frame; a frame of a higher one is refused, not guessed at."""
+
+MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
+"""Larger bodies are refused unread: payloads over 64 KiB belong into the object store."""
+
+_MAGIC: Final = b"FLM"
+_PREFIX_BYTES: Final = len(_MAGIC) + 1 + KEY_ID_BYTES
+_BODY_AT: Final = _PREFIX_BYTES + SIGNATURE_BYTES
+_CALLS, _RESULTS, _EVENTS, _CONTROL = range(4)
+_MAX_CALLS: Final = 2048  # far above what a client sends; a slot takes several such frames
+_MAX_SECONDS: Final = 1e9  # the timers of an operating system end somewhere
+_STATUSES: Final = {int(status): status for status in Status}
+
+_pack = msgpack.Packer(use_bin_type=True, unicode_errors="surrogatepass").pack
+
+
+class Opened(NamedTuple):
+    """A decoded frame and the key that it was signed with, which signs the answer."""
+
+    frame: Frame
+    key: Key
+
+
+def encode(frame: Frame, key: Key) -> bytes:
+    """Turn a record into signed bytes."""
+    payload = cast(bytes, _pack(_ENCODERS[type(frame)](frame)))
+    prefix = _MAGIC + bytes((FORMAT_VERSION,)) + key.id
+    return prefix + sign(key, prefix, payload) + payload
+
+
+def decode(body: bytes, keyring: Keyring, *, queue: str | None = None) -> Frame:
+    """Check and decode a frame; see ``open_frame``."""
+    return open_frame(body, keyring, queue=queue).frame
+
+
+def open_frame(body: bytes, keyring: Keyring, *, queue: str | None = None) -> Opened:
+    """Check and decode a frame.
+
+    Args:
+        body: What arrived.
+        keyring: The keys whose signatures count.
+        queue: Where it arrived; None to read a frame outside its queue (tools do).
+
+    Raises:
+        MalformedMessage: Truncated, oversized, or not one of our records.
+        VersionMismatch: Of a newer format version.
+        UnknownKey: Signed with a key that ``keyring`` does not hold.
+        SignatureError: A known key, but the signature does not hold, or not for this queue.
+    """
+    key = _find_key(body, keyring)
+    verify(key, body[_PREFIX_BYTES:_BODY_AT], body[:_PREFIX_BYTES], memoryview(body)[_BODY_AT:])
+    frame = _read(memoryview(body)[_BODY_AT:])
+    if queue is not None and frame.queue != queue:
+        raise SignatureError(f"a frame signed for the queue {frame.queue!r} arrived in {queue!r}")
+    return Opened(frame, key)
+
+
+def resign(body: bytes, by: Key, key: Key) -> bytes:
+    """The same frame, signed with another key of the same id; the payload is not looked at.
+
+    Raises:
+        MalformedMessage: Truncated, or not one of our frames.
+        SignatureError: ``by`` did not sign it.
+    """
+    if len(body) < _BODY_AT or not body.startswith(_MAGIC):
+        raise MalformedMessage("these bytes are not a frame")
+    prefix, payload = body[:_PREFIX_BYTES], memoryview(body)[_BODY_AT:]
+    verify(by, body[_PREFIX_BYTES:_BODY_AT], prefix, payload)
+    return prefix + sign(key, prefix, payload) + bytes(payload)
+
+
+def identity(body: bytes) -> bytes:
+    """What two copies of the same message share and no two messages do: the signature."""
+    return body[_PREFIX_BYTES:_BODY_AT]
+
+
+def _find_key(body: bytes, keyring: Keyring) -> Key:
+    if len(body) > MAX_FRAME_BYTES:
+        raise MalformedMessage(f"a message of {len(body)} bytes; the limit is {MAX_FRAME_BYTES}")
+    if len(body) <= _BODY_AT or not body.startswith(_MAGIC):
+        raise MalformedMessage(f"{len(body)} bytes that do not begin like a frame")
+    version = body[len(_MAGIC)]
+    if version != FORMAT_VERSION:
+        raise VersionMismatch(
+            f"a frame of format {version}; this process reads {FORMAT_VERSION}: upgrade Flame here"
+        )
+    key_id = body[len(_MAGIC) + 1 : _PREFIX_BYTES]
+    key = keyring.find(key_id)
+    if key is None:
+        raise UnknownKey(f"a frame signed with the key {key_id.hex()}, which is not held here")
+    return key
+
+
+def _read(payload: memoryview) -> Frame:
+    try:
+        fields = msgpack.unpackb(
+            payload, use_list=False, strict_map_key=False, unicode_errors="surrogatepass"
+        )
+        decoder = _DECODERS[fields[0]]
+        return decoder(*fields[1:])
+    # Everything that a wrong length, type or value can raise on its way into a record.
+    except (ValueError, TypeError, LookupError, OverflowError, msgpack.UnpackException) as exc:
+        raise MalformedMessage(f"a signed frame that is no record of ours: {exc!r}") from exc
+
+
+def _check(value: object, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} where a {kind} is expected")
+    return value
+
+
+def _seconds(value: object) -> float:
+    """Timers are set by it: one that is not a number would stop all others."""
+    seconds: float = _check(value, (int, float))
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{seconds} is no duration")
+    return min(seconds, _MAX_SECONDS)
+
+
+def _encode_calls(frame: CallFrame) -> tuple[object, ...]:
+    spec, target = frame.spec, frame.spec.target
+    return (
+        _CALLS,
+        frame.queue,
+        frame.reply,
+        frame.client,
+        frame.attempt,
+        frame.strikes,
+        frame.handed,
+        frame.expires_at,
+        (target.name, target.sha256, target.size, target.python),
+        (spec.resources, spec.timeout_s, spec.grace_s, spec.echo, spec.label),
+        [call[:2] if not call[2] else _call_with_refs(call) for call in frame.calls],
+    )
+
+
+def _call_with_refs(call: Call) -> tuple[object, ...]:
+    return call.counter, call.payload, [tuple(ref.to_wire()) for ref in call.refs]
+
+
+def _decode_calls(  # noqa: PLR0913, PLR0917  # one parameter a field on the wire
+    queue: str,
+    reply: str,
+    client: str,
+    attempt: int,
+    strikes: int,
+    handed: int,
+    expires_at: float,
+    target: tuple[Any, ...],
+    spec: tuple[Any, ...],
+    items: tuple[Any, ...],
+) -> CallFrame:
+    if not 0 < len(items) <= _MAX_CALLS:
+        raise ValueError(f"a frame of {len(items)} calls")
+    return CallFrame(
+        queue=_check(queue, str),
+        reply=_check(reply, str),
+        client=_check(client, str),
+        spec=_spec(_target(*target), *spec),
+        calls=tuple([_call(*item) for item in items]),
+        attempt=_check(attempt, int),
+        strikes=_check(strikes, int),
+        handed=_check(handed, int),
+        expires_at=_check(expires_at, (int, float)),
+    )
+
+
+def _target(name: str, sha256: str, size: int, python: str) -> Target:
+    if _check(sha256, str) and not is_sha256(sha256):
+        raise ValueError("a target by value has a sha256 that is not 64 hex digits")
+    return Target(_check(name, str), sha256, _check(size, int), _check(python, str))
+
+
+def _spec(
+    target: Target, resources: str, timeout_s: float, grace_s: float, echo: bool, label: str
+) -> CallSpec:
+    return CallSpec(
+        target=target,
+        resources=_check(resources, str),
+        timeout_s=_seconds(timeout_s),
+        grace_s=_seconds(grace_s),
+        echo=_check(echo, bool),
+        label=_check(label, str),
+    )
+
+
+def _call(counter: int, payload: bytes, refs: tuple[Any, ...] = ()) -> Call:
+    if type(counter) is not int or type(payload) is not bytes:
+        raise TypeError("a call is a number and bytes")
+    return Call(counter, payload, tuple([ObjectRef.from_wire(ref) for ref in refs]))
+
+
+def _encode_results(frame: ResultFrame) -> tuple[object, ...]:
+    items = [r[:3] if r[3] is None and not r[4] else _result_with_ref(r) for r in frame.results]
+    head = (_RESULTS, frame.queue, frame.client, frame.worker, frame.attempt, frame.seconds)
+    return *head, items
+
+
+def _result_with_ref(result: Result) -> tuple[object, ...]:
+    counter, status, payload, ref, index = result
+    return counter, status, payload, None if ref is None else tuple(ref.to_wire()), index
+
+
+def _decode_results(
+    queue: str,
+    client: str,
+    worker: str,
+    attempt: int,
+    seconds: float,
+    items: tuple[Any, ...],
+) -> ResultFrame:
+    return ResultFrame(
+        queue=_check(queue, str),
+        client=_check(client, str),
+        worker=_check(worker, str),
+        results=tuple([_result(*item) for item in items]),
+        attempt=_check(attempt, int),
+        seconds=_check(seconds, (int, float)),
+    )
+
+
+def _result(
+    counter: int, status: int, payload: bytes, ref: tuple[Any, ...] | None = None, index: int = 0
+) -> Result:
+    if type(counter) is not int or type(payload) is not bytes or type(index) is not int:
+        raise TypeError("a result is a number, a status and bytes")
+    loaded = None if ref is None else ObjectRef.from_wire(ref)
+    return Result(counter, _STATUSES[status], payload, loaded, index)
+
+
+def _encode_events(frame: EventFrame) -> tuple[object, ...]:
+    events = [(e.counter, e.kind.value, e.text, e.fraction) for e in frame.events]
+    return _EVENTS, frame.queue, frame.client, frame.worker, frame.label, events
+
+
+def _decode_events(
+    queue: str, client: str, worker: str, label: str, items: tuple[Any, ...]
+) -> EventFrame:
+    return EventFrame(
+        queue=_check(queue, str),
+        client=_check(client, str),
+        worker=_check(worker, str),
+        label=_check(label, str),
+        events=tuple([_event(*item) for item in items]),
+    )
+
+
+def _event(counter: int, kind: str, text: str, fraction: float) -> Event:
+    return Event(
+        _check(counter, int), EventKind(kind), _check(text, str), _check(fraction, (int, float))
+    )
+
+
+def _encode_control(frame: ControlFrame) -> tuple[object, ...]:
+    return _CONTROL, frame.queue, frame.verb, dict(frame.arguments)
+
+
+def _decode_control(queue: str, verb: str, arguments: Mapping[str, Any]) -> ControlFrame:
+    named = {_check(name, str): value for name, value in _check(arguments, dict).items()}
+    return ControlFrame(_check(queue, str), _check(verb, str), named)
+
+
+_ENCODERS: Final[dict[type, Callable[[Any], tuple[object, ...]]]] = {
+    CallFrame: _encode_calls,
+    ResultFrame: _encode_results,
+    EventFrame: _encode_events,
+    ControlFrame: _encode_control,
+}
+_DECODERS: Final[dict[int, Callable[..., Frame]]] = {
+    _CALLS: _decode_calls,
+    _RESULTS: _decode_results,
+    _EVENTS: _decode_events,
+    _CONTROL: _decode_control,
+}

@@ -1,0 +1,267 @@
+"""What travels: calls, results, events and control, in frames of 1..N.
+
+A record says *what*; ``frames`` turns it into signed bytes and back. Everything here is immutable.
+Records that exist once a frame are slotted frozen dataclasses; records that exist once a call are
+named tuples, which the msgpack packer takes as they are and which cost a quarter to make.
+
+A call's id is ``<client>-<counter>``, so the calls of a frame need one client and their counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
+
+from flame_broker.objects import ObjectRef
+
+__all__ = [
+    "FRAME_BYTES",
+    "FRAME_CALLS",
+    "INLINE_BYTES",
+    "MAX_STRIKES",
+    "SHORT_FRAME_CALLS",
+    "Call",
+    "CallFrame",
+    "CallSpec",
+    "ControlFrame",
+    "Event",
+    "EventFrame",
+    "EventKind",
+    "Frame",
+    "Plain",
+    "Priority",
+    "Result",
+    "ResultFrame",
+    "Status",
+    "Target",
+    "call_id",
+    "parse_call_id",
+]
+
+FRAME_CALLS = 64
+"""At most so many calls travel in one frame (13 times the rate of one a message, measured)."""
+
+SHORT_FRAME_CALLS = 256
+"""So many, once the calls of a target are known to be short: the broker's work is by message."""
+
+FRAME_BYTES = 64 * 1024
+"""A frame is closed when its payloads reach this size."""
+
+INLINE_BYTES = 64 * 1024
+"""A value over this size goes to the object store, and the frame carries its reference."""
+
+MAX_STRIKES = 3
+"""A suspect call that loses its worker this often is quarantined (PROTOCOL.md, rule 4)."""
+
+Plain = None | bool | int | float | str | bytes | tuple["Plain", ...] | Mapping[str, "Plain"]
+
+
+class Priority(StrEnum):
+    """Which of a pool's queues a call waits in; workers empty the higher ones first."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+class Status(IntEnum):
+    """How a result came about.
+
+    ``OK``: the payload is the encoded value. ``ERROR``: the target raised; the payload describes
+    the exception. ``FAILED``: the call did not end by itself (timeout, lost, cancelled…); the
+    payload names the error class. ``ITEM``: one item of a stream, more to come.
+    """
+
+    OK = 0
+    ERROR = 1
+    FAILED = 2
+    ITEM = 3
+
+
+class EventKind(StrEnum):
+    """What an event tells: a line of output, or progress."""
+
+    STDOUT = "stdout"
+    STDERR = "stderr"
+    PROGRESS = "progress"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a call runs.
+
+    Args:
+        name: ``module:qualname``; for a target by value only its name in messages.
+        sha256: Of the cloudpickled object in the store under ``targets/``; ``""`` by reference.
+        size: Of that object, in bytes.
+        python: ``major.minor`` that pickled it: code by value needs the same Python.
+    """
+
+    name: str
+    sha256: str = ""
+    size: int = 0
+    python: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSpec:
+    """What all calls of a frame share.
+
+    Args:
+        target: What to run.
+        resources: The resource class, as in queue names: ``c1``, ``c2-m4-g1``.
+        timeout_s: Run timeout in seconds; 0 for none.
+        grace_s: From the soft timeout (an exception in the call) to the hard one (its end).
+        echo: Send the call's output to the client's console.
+        label: The name the user knows the service by.
+    """
+
+    target: Target
+    resources: str = "c1"
+    timeout_s: float = 0.0
+    grace_s: float = 5.0
+    echo: bool = True
+    label: str = ""
+
+
+class Call(NamedTuple):
+    """One call of a frame.
+
+    Attributes:
+        counter: Its number at its client.
+        payload: Encoded arguments; empty if they are the first of ``refs``.
+        refs: Objects that the arguments name, fetched to the node before the call starts. With
+            an empty payload the first one holds the arguments themselves.
+    """
+
+    counter: int
+    payload: bytes
+    refs: tuple[ObjectRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CallFrame:
+    """Calls on their way to a worker. Everything but ``calls`` is their circumstances.
+
+    Args:
+        queue: The queue that it is signed for.
+        reply: The queue that takes the results.
+        client: Whose counters these are.
+        spec: What all the calls share.
+        calls: One or more.
+        attempt: 1 for the first try, one more for each retry.
+        strikes: How often the call lost its worker while it was a suspect.
+        handed: How often it was handed back, so that a copy never equals its original.
+        expires_at: When a call that has not started is too late, in seconds since 1970; 0: never.
+    """
+
+    queue: str
+    reply: str
+    client: str
+    spec: CallSpec
+    calls: tuple[Call, ...]
+    attempt: int = 1
+    strikes: int = 0
+    handed: int = 0
+    expires_at: float = 0.0
+
+
+class Result(NamedTuple):
+    """The outcome of one call, or one item of its stream.
+
+    Attributes:
+        counter: The call's number at its client.
+        status: See ``Status``.
+        payload: The encoded value or description; empty if ``ref`` is set.
+        ref: Where a large value lies.
+        index: Position of an ``ITEM`` in its stream; of a final result, how many items preceded.
+    """
+
+    counter: int
+    status: Status
+    payload: bytes
+    ref: ObjectRef | None = None
+    index: int = 0  # type: ignore[assignment]  # nobody asks a result for tuple.index
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFrame:
+    """Results on their way to a client's reply queue; all of calls to one target.
+
+    Args:
+        queue: The reply queue.
+        client: Whose calls these were.
+        worker: Who ran them.
+        results: One or more.
+        attempt: Of the calls.
+        seconds: That the children spent on these results together; 0 if nobody measured.
+    """
+
+    queue: str
+    client: str
+    worker: str
+    results: tuple[Result, ...]
+    attempt: int = 1
+    seconds: float = 0.0
+
+
+class Event(NamedTuple):
+    """Something a running call says: output, or ``(fraction, text)`` as progress."""
+
+    counter: int
+    kind: EventKind
+    text: str
+    fraction: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EventFrame:
+    """Telemetry for one client; it may be dropped under load."""
+
+    queue: str
+    client: str
+    worker: str
+    label: str
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ControlFrame:
+    """A word to all workers of a key, or an answer to one.
+
+    Verbs: ``cancel`` (client, counters, spare_running), ``hello`` (reply) answered by ``here``
+    (facts of a worker), ``class`` (a resource class that exists in a pool), ``drain`` (worker).
+    """
+
+    queue: str
+    verb: str
+    arguments: Mapping[str, Plain] = field(default_factory=dict)
+
+
+Frame = CallFrame | ResultFrame | EventFrame | ControlFrame
+
+
+def call_id(client: str, counter: int) -> str:
+    """The id that users see.
+
+    >>> call_id("k3j9", 17)
+    'k3j9-17'
+    """
+    return f"{client}-{counter}"
+
+
+def parse_call_id(text: str) -> tuple[str, int]:
+    """Split an id into client and counter.
+
+    Raises:
+        ValueError: Not of the form ``<client>-<counter>``.
+
+    >>> parse_call_id("k3j9-17")
+    ('k3j9', 17)
+    """
+    client, dash, counter = text.rpartition("-")
+    if not dash or not client or not counter.isdecimal():
+        raise ValueError(f"{text!r} is not a call id; expected <client>-<number>, as 'k3j9-17'")
+    return client, int(counter)

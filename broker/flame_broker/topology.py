@@ -1,0 +1,138 @@
+"""The names and declare arguments of every queue and exchange.
+
+What correctness needs stands here, in declare arguments under versioned names; a broker policy
+only tunes (PROTOCOL.md, rule 15). Names carry the format version and the key id, so that a worker
+without the key never consumes what it cannot verify (rule 1).
+
+Shipped arguments are accepted alike by RabbitMQ 3.10 and 4.x: a delivery limit of -1 is refused
+by 3.x and a missing one means 20 on 4.x, so a number that is never reached stands for "none".
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from flame_broker.messages import Priority
+from flame_broker.transport import QueueKind, QueueSpec
+
+__all__ = [
+    "DEFAULT_POOL",
+    "calls_queue",
+    "classes_queue",
+    "control_exchange",
+    "control_queue",
+    "dead_queue",
+    "ledger_queue",
+    "logs_exchange",
+    "logs_queue",
+    "parked_queue",
+    "reply_queue",
+    "suspects_queue",
+    "work_queue",
+]
+
+DEFAULT_POOL = "default"
+
+_PREFIX: Final = "flame.v1"
+_NO_DELIVERY_LIMIT: Final = 1_000_000
+_REPLY_EXPIRES_MS: Final = 24 * 3600 * 1000
+_LEDGER_TTL_MS: Final = 7 * 24 * 3600 * 1000
+_TELEMETRY_MESSAGES: Final = 10_000
+_CLASSES_BYTES: Final = 16 * 1024 * 1024
+
+
+def work_queue(name: str) -> QueueSpec:
+    """A queue that never drops: full means refused, set aside means stored elsewhere."""
+    return QueueSpec(
+        name,
+        QueueKind.QUORUM,
+        arguments={
+            "x-overflow": "reject-publish",
+            "x-dead-letter-strategy": "at-least-once",
+            "x-delivery-limit": _NO_DELIVERY_LIMIT,
+        },
+    )
+
+
+def calls_queue(
+    key_id: str, pool: str, resource_class: str, priority: Priority = Priority.NORMAL
+) -> QueueSpec:
+    """Where calls of one pool, resource class and priority wait."""
+    return work_queue(f"{_PREFIX}.{key_id}.{pool}.{resource_class}.{priority.value}")
+
+
+def suspects_queue(key_id: str, pool: str) -> QueueSpec:
+    """Where redelivered calls wait, one a frame, to be run alone (rule 4)."""
+    return work_queue(f"{_PREFIX}.{key_id}.{pool}.suspects")
+
+
+def dead_queue(key_id: str, pool: str) -> QueueSpec:
+    """Messages that nobody can run: wrongly signed, malformed, quarantined; with a reason."""
+    return work_queue(f"{_PREFIX}.{key_id}.{pool}.dead")
+
+
+def parked_queue(key_id: str, pool: str) -> QueueSpec:
+    """Messages of an unknown key or a newer version: another worker may be able to read them."""
+    return work_queue(f"{_PREFIX}.{key_id}.{pool}.parked")
+
+
+def ledger_queue(key_id: str) -> QueueSpec:
+    """Results whose reply queue is gone (rule 9), kept a week for the orchestrator."""
+    spec = work_queue(f"{_PREFIX}.{key_id}.ledger")
+    return QueueSpec(
+        spec.name, spec.kind, arguments={**spec.arguments, "x-message-ttl": _LEDGER_TTL_MS}
+    )
+
+
+def reply_queue(key_id: str, client: str, epoch: int) -> QueueSpec:
+    """Where a client's results arrive; it outlives a broken connection by a day."""
+    return QueueSpec(
+        f"{_PREFIX}.{key_id}.reply.{client}.{epoch}",
+        QueueKind.CLASSIC,
+        arguments={"x-expires": _REPLY_EXPIRES_MS},
+    )
+
+
+def control_exchange(key_id: str) -> str:
+    """The fanout on which all workers of a key listen."""
+    return f"{_PREFIX}.{key_id}.control"
+
+
+def control_queue(key_id: str, worker: str) -> QueueSpec:
+    """A worker's own ear on the control exchange."""
+    return QueueSpec(
+        f"{_PREFIX}.{key_id}.control.{worker}",
+        QueueKind.CLASSIC,
+        exclusive=True,
+        arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
+        bindings=((control_exchange(key_id), ""),),
+    )
+
+
+def logs_exchange(key_id: str) -> str:
+    """The topic exchange for output and progress; the routing key is the client."""
+    return f"{_PREFIX}.{key_id}.logs"
+
+
+def logs_queue(key_id: str, client: str) -> QueueSpec:
+    """A client's own ear on the logs exchange; bounded, the oldest lines drop first."""
+    return QueueSpec(
+        f"{_PREFIX}.{key_id}.logs.{client}",
+        QueueKind.CLASSIC,
+        exclusive=True,
+        arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
+        bindings=((logs_exchange(key_id), client),),
+    )
+
+
+def classes_queue(key_id: str, pool: str) -> QueueSpec:
+    """A stream of announcements: which resource classes have queues in this pool.
+
+    AMQP cannot list queues. A stream is read from its start by every worker that joins, without
+    consuming it, so a class stays known when the client that used it and all workers are gone.
+    """
+    return QueueSpec(
+        f"{_PREFIX}.{key_id}.{pool}.classes",
+        QueueKind.STREAM,
+        arguments={"x-max-length-bytes": _CLASSES_BYTES},
+    )
