@@ -1,0 +1,374 @@
+"""The factory daemon: one asyncio loop that moves calls from a pool's queues through its slots."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import secrets
+import socket
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import time
+from typing import Final
+
+from flame_broker.connect import open_transport
+from flame_broker.errors import FlameError
+from flame_broker.frames import FORMAT_VERSION, encode, open_frame
+from flame_broker.keys import Key, Keyring
+from flame_broker.logs import get_logger
+from flame_broker.messages import ControlFrame
+from flame_broker.resources import DEFAULT_CLASS, Capacity, ResourceRequirement
+from flame_broker.store import open_store
+from flame_broker.store.cache import NodeCache
+from flame_broker.topology import (
+    DEFAULT_POOL,
+    classes_queue,
+    control_exchange,
+    control_queue,
+    logs_exchange,
+)
+from flame_broker.transport import Delivery, Transport
+from flame_worker.bridge import Bridge
+from flame_worker.capacity import detect_capacity
+from flame_worker.dispatch import Dispatcher
+from flame_worker.gpus import GpuPool, GpuShare
+from flame_worker.intake import Intake
+from flame_worker.outbox import Outbox
+from flame_worker.pool import SlotPool
+from flame_worker.slots import Slot, SlotSettings
+from flame_worker.spool import Spool
+from flame_worker.spool_folder import SpoolFolder
+
+__all__ = ["Worker", "WorkerSettings"]
+
+_log = get_logger("flame.worker")
+
+_HEALTH_EVERY_S: Final = 2.0
+_LOOK_EVERY_S: Final = 1.0
+_RESERVE_AFTER_S: Final = 5.0
+_TRY_AGAIN_S: Final = 5.0
+_CONTROL_PREFETCH: Final = 100
+_CACHE_BYTES: Final = 20 * 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What a worker is told.
+
+    Args:
+        broker_url: The broker.
+        keyring: Keys whose calls it runs.
+        home: Folder for its cache and spool.
+        store_url: The object store; None: no large values, no functions by value.
+        pool: The pool whose queues it consumes.
+        slots: Slots of the default class; by default one a cpu.
+        capacity: What it may reserve; by default what the machine has.
+        labels: Shown in ``flame workers``.
+        drain_timeout_s: How long a drain waits for running calls.
+        health_file: Rewritten every 2 s while the worker is well.
+        name: Unique; made up by default.
+    """
+
+    broker_url: str
+    keyring: Keyring
+    home: Path
+    store_url: str | None = None
+    pool: str = DEFAULT_POOL
+    slots: int | None = None
+    capacity: Capacity | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    drain_timeout_s: float = 60.0
+    health_file: Path | None = None
+    name: str = field(default_factory=lambda: f"{socket.gethostname()}-{secrets.token_hex(3)}")
+
+
+class Worker:
+    """A running factory. ``start``, then ``drain`` or ``stop``; lives in one loop.
+
+    Example:
+        >>> async def serve(settings: WorkerSettings) -> None:
+        ...     worker = Worker(settings)
+        ...     await worker.start()
+        ...     await worker.drained.wait()
+    """
+
+    def __init__(self, settings: WorkerSettings, *, transport: Transport | None = None) -> None:
+        self.settings = settings
+        self.drained = asyncio.Event()
+        self._started_at = time()
+        self._gpus = GpuPool.detect()
+        self._capacity = settings.capacity or detect_capacity(gpus=len(self._gpus))
+        self._transport = transport or self._connect()
+        cache = NodeCache(settings.home / "cache", _CACHE_BYTES)
+        store = open_store(settings.store_url) if settings.store_url else None
+        self._spool_folder = SpoolFolder(settings.home / "spool", settings.name)
+        self._outbox = Outbox(self._transport, settings.name)
+        self._spool = Spool(store, cache, self._outbox)
+        self._dispatcher = Dispatcher(self._outbox, self._spool)
+        self._pool = self._dispatcher.pool = SlotPool(self._capacity, self._gpus, self._make_slot)
+        self._intake = Intake(
+            self._transport,
+            settings.keyring,
+            settings.pool,
+            self._outbox,
+            self._spool,
+            self._dispatcher,
+        )
+        self._dispatcher.intake = self._intake
+        self._bridge = Bridge(self._connect, settings.keyring, self._dispatcher.set_waiting)
+        self._chores: set[asyncio.Task[None]] = set()
+        self._leaving: asyncio.Task[None] | None = None
+        self._draining = False
+
+    # ── life ─────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Connect, start the slots, begin to take calls.
+
+        Raises:
+            BrokerUnavailable: No broker answered in time.
+        """
+        self._spool_folder.make()
+        await self._transport.open()
+        await self._bridge.start()
+        await asyncio.gather(self._pool.start(self._default_slots()), self._listen())
+        await self._intake.add_class(DEFAULT_CLASS, with_suspects=True)
+        await self._follow_classes()
+        self._chore(self._report_health())
+        self._chore(self._keep_room_for_the_aged())
+        _log.info("worker.ready", **self._facts())
+
+    async def drain(self) -> None:
+        """Take nothing more, hand back what has not started, finish what runs, then leave."""
+        if self._draining:
+            return
+        self._draining = True
+        _log.info("worker.draining", frames=self._intake.held)
+        await self._intake.close()
+        self._dispatcher.hand_back_all()
+        await self._wait_until_empty(self.settings.drain_timeout_s)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Leave now; what is not acked goes to another worker."""
+        self._draining = True
+        for chore in self._chores:
+            chore.cancel()
+        self._dispatcher.close()
+        await self._pool.close(grace_s=1.0)
+        await self._bridge.close()
+        await self._outbox.drain(timeout_s=5.0)
+        self._outbox.close()
+        await self._transport.close()
+        self._spool.close()
+        self._spool_folder.remove()
+        if self.settings.health_file is not None:
+            self.settings.health_file.unlink(missing_ok=True)
+        _log.info("worker.stopped", worker=self.settings.name)
+        self.drained.set()
+
+    def kill_children(self) -> None:
+        """End all children without a word, for a worker that must be gone at once."""
+        for slot in self._pool.slots():
+            slot.kill()
+
+    async def _wait_until_empty(self, timeout_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while self._intake.held and loop.time() < deadline:
+            await self._outbox.drain(timeout_s=1.0)
+            await asyncio.sleep(0.02)
+        if self._intake.held:
+            _log.warning("worker.drain_timeout", frames=self._intake.held)
+
+    # ── parts ────────────────────────────────────────────────────────────────
+
+    def _connect(self) -> Transport:
+        return open_transport(self.settings.broker_url, name=f"flame-worker {self.settings.name}")
+
+    def _default_slots(self) -> int:
+        if self.settings.slots is not None:
+            return self.settings.slots
+        return max(1, int(self._capacity.cpu))
+
+    def _make_slot(self, number: int, request: ResourceRequirement, gpus: GpuShare | None) -> Slot:
+        settings = SlotSettings(
+            worker=self.settings.name,
+            cache_dir=self.settings.home / "cache",
+            spool_dir=self._spool_folder.path,
+            memory_bytes=request.mem_bytes,
+            gpus=gpus.ids if gpus is not None else (),
+            environ=self._child_environ(),
+        )
+        return Slot(number, settings=settings, owner=self._dispatcher)
+
+    def _child_environ(self) -> dict[str, str]:
+        """How a call that uses Flame itself finds this cluster, whatever the settings file says."""
+        store = {"FLAME_STORE_URL": self.settings.store_url} if self.settings.store_url else {}
+        return {**self._bridge.environ, **store, "FLAME_HOME": str(self.settings.home)}
+
+    # ── control ──────────────────────────────────────────────────────────────
+
+    async def _listen(self) -> None:
+        if not self._transport.capabilities.fanout:
+            _log.warning(
+                "broker.no_fanout",
+                broker=self._transport.server,
+                reason="no remote output, remote cancel or `flame workers` with this broker",
+            )
+            return
+        for key in self.settings.keyring:
+            exchange = control_exchange(key.hex_id)
+            await self._transport.declare_exchange(exchange, "fanout")
+            await self._transport.declare_exchange(logs_exchange(key.hex_id), "topic")
+            queue = control_queue(key.hex_id, self.settings.name)
+            await self._transport.declare(queue)
+            await self._transport.consume(
+                queue.name, partial(self._on_control, exchange), prefetch=_CONTROL_PREFETCH
+            )
+
+    async def _follow_classes(self) -> None:
+        if not self._transport.capabilities.streams:
+            return  # clients refuse other classes than the default one there
+        for key in self.settings.keyring:
+            queue = classes_queue(key.hex_id, self.settings.pool)
+            await self._transport.declare(queue)
+            await self._transport.consume(
+                queue.name, partial(self._on_control, queue.name), prefetch=_CONTROL_PREFETCH
+            )
+
+    def _on_control(self, source: str, delivery: Delivery) -> None:
+        delivery.ack()
+        try:
+            frame, key = open_frame(delivery.body, self.settings.keyring, queue=source)
+        except FlameError as problem:
+            _log.warning("control.refused", reason=str(problem))
+            return
+        act = self._verbs().get(frame.verb) if isinstance(frame, ControlFrame) else None
+        if act is None:
+            _log.warning("control.unknown", source=source)
+        else:
+            act(frame, key)  # type: ignore[arg-type]  # a ControlFrame, as checked above
+
+    def _verbs(self) -> dict[str, Callable[[ControlFrame, Key], None]]:
+        return {
+            "hello": self._answer_hello,
+            "cancel": self._cancel,
+            "class": self._learn_class,
+            "drain": self._drain_if_named,
+        }
+
+    def _answer_hello(self, frame: ControlFrame, key: Key) -> None:
+        reply = str(frame.arguments.get("reply", ""))
+        here = ControlFrame(reply, "here", self._facts())
+        self._outbox.publish(reply, encode(here, key), lambda: None, otherwise=lambda: None)
+
+    def _cancel(self, frame: ControlFrame, key: Key) -> None:
+        counters = frame.arguments.get("counters", ())
+        if isinstance(counters, tuple):
+            wanted = frozenset(c for c in counters if isinstance(c, int))
+            self._intake.cancel(
+                str(frame.arguments.get("client")),
+                wanted,
+                spare_running=bool(frame.arguments.get("spare_running")),
+            )
+
+    def _learn_class(self, frame: ControlFrame, key: Key) -> None:
+        name = str(frame.arguments.get("name"))
+        if frame.arguments.get("pool", self.settings.pool) != self.settings.pool:
+            return
+        try:
+            fits = self._pool.could_ever(name)
+        except FlameError as problem:
+            _log.warning("control.class_refused", reason=str(problem))
+            return
+        if fits and not self._draining and name not in self._intake.class_names:
+            self._chore(self._consume_class(name))
+
+    async def _consume_class(self, name: str) -> None:
+        while True:
+            try:
+                await self._intake.add_class(name)
+            except FlameError as problem:
+                _log.warning("worker.class_failed", resource_class=name, reason=str(problem))
+                await asyncio.sleep(_TRY_AGAIN_S)
+            else:
+                return
+
+    def _drain_if_named(self, frame: ControlFrame, key: Key) -> None:
+        if frame.arguments.get("worker") == self.settings.name and self._leaving is None:
+            # No chore: stop() ends those, and the drain itself comes to stop().
+            self._leaving = asyncio.ensure_future(self.drain())
+
+    def _chore(self, work: Coroutine[None, None, None]) -> None:
+        chore = asyncio.ensure_future(work)
+        self._chores.add(chore)
+        chore.add_done_callback(self._chores.discard)
+
+    # ── chores ───────────────────────────────────────────────────────────────
+
+    async def _report_health(self) -> None:
+        path = self.settings.health_file
+        while path is not None:
+            temporary = path.with_suffix(".tmp")
+            try:
+                temporary.write_text(json.dumps({**self._facts(), "at": time()}))
+                temporary.replace(path)
+            except OSError as problem:  # the folder is missing, or the disk full: it may pass
+                _log.warning("worker.health_file_failed", reason=str(problem))
+            await asyncio.sleep(_HEALTH_EVERY_S)
+
+    async def _keep_room_for_the_aged(self) -> None:
+        """A large call that has waited gets a reservation, or small ones would never end (14)."""
+        waiting_since: dict[str, float] = {}
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            # A refill that failed with the connection has nobody else to ask for the next.
+            self._intake.refill()
+            for name in self._intake.class_names:
+                try:
+                    await self._consider_reserving(name, waiting_since)
+                except FlameError as problem:
+                    _log.debug("worker.backlog_unknown", reason=str(problem))
+
+    async def _consider_reserving(self, name: str, waiting_since: dict[str, float]) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._pool.room(name) and self._pool.reserved_class != name:
+            waiting_since.pop(name, None)
+        elif not (self._dispatcher.waits(name) or await self._intake.backlog(name)):
+            waiting_since.pop(name, None)
+            self._pool.grant(name)
+        elif now - waiting_since.setdefault(name, now) > _RESERVE_AFTER_S:
+            self._reserve(name)
+
+    def _reserve(self, class_name: str) -> None:
+        if self._pool.reserved_class is None and class_name != DEFAULT_CLASS:
+            _log.info("worker.reserving", resource_class=class_name)
+            self._pool.reserved_class = class_name
+
+    def _facts(self) -> dict[str, str | int | float | bool]:
+        """What ``flame workers`` shows."""
+        slots = list(self._pool.slots())
+        return {
+            "worker": self.settings.name,
+            "pool": self.settings.pool,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "slots": len(slots),
+            "busy": sum(bool(slot.batches) for slot in slots),
+            "held": self._intake.held,
+            "gpus": len(self._gpus),
+            "capacity": str(self._capacity),
+            "python": platform.python_version(),
+            "format": FORMAT_VERSION,
+            "connected": self._transport.connected,
+            "draining": self._draining,
+            "started_at": self._started_at,
+            "clock": time(),
+            "labels": ",".join(f"{k}={v}" for k, v in self.settings.labels.items()),
+            **{f"count_{name}": n for name, n in self._intake.counts.items()},
+        }

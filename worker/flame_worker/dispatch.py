@@ -1,0 +1,375 @@
+"""Calls in hand to slots, fairly and without one call holding up another.
+
+Three rules make a slow call harmless to its neighbours (PROTOCOL.md, rules 2 and 14):
+
+- A slot that falls idle takes over calls that wait behind a running call in another slot.
+- A call that has waited 50 ms for a slot is handed back to its queue, alone in a frame.
+- Frames are held ahead of free slots only while calls are known to be short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final, Protocol
+
+from flame_broker.errors import CallCancelled
+from flame_broker.logs import get_logger
+from flame_broker.messages import Call, Event, EventKind, Result, Status
+from flame_broker.outcomes import encode_failure
+from flame_worker.holding import Holding
+from flame_worker.outbox import Outbox
+from flame_worker.pace import Pace
+from flame_worker.pool import SlotPool
+from flame_worker.slots import Batch, Lost, Slot, SpooledResult
+from flame_worker.spool import Spool
+
+__all__ = ["BUDGET_S", "Dispatcher", "Supply"]
+
+_log = get_logger("flame.worker")
+
+BUDGET_S: Final = 0.05
+"""How long a call may wait here for a slot: the time budget of rule 2."""
+
+SUSPECT_S: Final = 1.0
+"""The same for a suspect: it comes back at once, as a worker never ceases to take suspects."""
+
+SHORT_S: Final = 0.01
+"""Work that is over so soon is given to a slot ahead of time, behind what runs there."""
+
+UNDIVIDED_S: Final = 0.002
+"""A frame of less work than this goes to one slot whole: dividing it costs more than it wins."""
+
+_REBALANCE_S: Final = 0.003
+_PRIORITIES: Final = ("high", "normal", "low")
+
+
+@dataclass(slots=True, eq=False)
+class _Given:
+    """Calls of one holding in one slot; ``kept`` counts those that were not taken back."""
+
+    holding: Holding
+    kept: int
+    unfinished: int
+    at: float
+    seconds: float = 0.0
+
+
+class Supply(Protocol):
+    """Where calls come from, as the dispatcher sees it."""
+
+    def full(self, class_name: str, /) -> None:
+        """Send no more of a class: calls of it were handed back for want of room."""
+
+    def refill(self) -> None:
+        """A slot is free and nothing waits for it."""
+
+    def widen(self) -> None:
+        """More calls can run at a time than before."""
+
+    def short(self, class_name: str, /) -> None:
+        """Send frames of a class ahead of free slots: they are over at once."""
+
+
+class Dispatcher:
+    """Gives calls to slots and their results to the outbox; owns the slots.
+
+    Args:
+        outbox: Takes results and hand-backs.
+        spool: Uploads results that are too large for a frame.
+
+    Attributes:
+        pool: The slots, whose owner this is.
+        intake: Told when there is room, and when there is none.
+    """
+
+    pool: SlotPool
+    intake: Supply
+
+    def __init__(self, outbox: Outbox, spool: Spool) -> None:
+        self._pace = Pace()
+        self._outbox = outbox
+        self._spool = spool
+        self._lines: dict[str, tuple[deque[Holding], ...]] = {}
+        self._watching: asyncio.TimerHandle | None = None
+        self._rebalancing: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    # ── in ───────────────────────────────────────────────────────────────────
+
+    def take(self, holding: Holding) -> None:
+        """Run a holding's calls as slots allow."""
+        holding.since = _now()
+        self._line_of(holding).append(holding)
+        self.pump()
+
+    def pump(self) -> None:
+        """Give what waits to the slots that can take it."""
+        if self._closed:
+            return
+        for class_name, lines in self._lines.items():
+            for line in lines:
+                while line and self._place(class_name, line[0]):
+                    line.popleft()
+                if line:
+                    break
+        self._watch()
+
+    def cancel(self, client: str, counters: frozenset[int]) -> None:
+        """Stop calls: those that wait get their result now, those that run are interrupted."""
+        for holding in self._waiting():
+            if holding.frame.client == client:
+                self._drop_waiting(holding, counters)
+        for slot in self.pool.slots():
+            for batch in list(slot.batches):
+                if batch.client == client:
+                    for counter in counters.intersection(c.counter for c in batch.calls):
+                        slot.cancel(client, counter)
+
+    def cancel_unstarted(self, client: str, counters: frozenset[int]) -> None:
+        """Stop calls that have not started; those that run go on to their end."""
+        self._revoke_all(lambda given: given.holding.frame.client == client)
+        for holding in self._waiting():
+            if holding.frame.client == client:
+                self._drop_waiting(holding, counters)
+        self.pump()
+
+    def hand_back_all(self) -> None:
+        """Give up every call that has not started: the worker drains."""
+        self._revoke_all(lambda given: True)
+        for holding in self._waiting():
+            self._hand_back(holding)
+
+    def close(self) -> None:
+        """Start nothing more: the slots are about to end. What waits is not acked."""
+        self._closed = True
+
+    def set_waiting(self, process_group: int, waits: bool) -> None:
+        """The call of a child waits for calls of its own, or goes on."""
+        self.pool.set_waiting(process_group, waits)
+        self._fill()
+        self.intake.widen()
+
+    def waits(self, class_name: str) -> bool:
+        """Whether calls of a class wait for a slot."""
+        return any(self._lines.get(class_name, ()))
+
+    # ── SlotOwner ────────────────────────────────────────────────────────────
+
+    def on_results(self, slot: Slot, batch: Batch, results: list[Result | SpooledResult]) -> None:
+        """Pass results on; large ones through the store."""
+        given: _Given = batch.context  # type: ignore[assignment]  # the context is ours
+        inline = [result for result in results if type(result) is Result]
+        given.unfinished -= sum(result.status is not Status.ITEM for result in results)
+        if inline:
+            seconds, given.seconds = batch.seconds - given.seconds, batch.seconds
+            self._outbox.results(given.holding, inline, seconds=seconds)
+        for result in results:
+            if type(result) is SpooledResult:
+                self._spool.upload(given.holding, result)
+
+    def on_done(self, slot: Slot, batch: Batch, seconds: float) -> None:
+        """Learn from a finished batch and fill the slot again."""
+        given: _Given = batch.context  # type: ignore[assignment]
+        spec = batch.spec
+        if given.kept:
+            self._pace.learn(spec.target, given.kept, seconds)
+        if seconds < SHORT_S and given.unfinished <= 0:
+            self.intake.short(spec.resources)
+        self._fill()
+
+    def on_ready(self, slot: Slot) -> None:
+        """A child has started."""
+        self._fill()
+        self.intake.widen()
+
+    def on_output(
+        self, slot: Slot, batch: Batch, counter: int, kind: EventKind, lines: list[str]
+    ) -> None:
+        """Send output to the client's console."""
+        if batch.spec.echo:
+            for line in lines:
+                self._tell(batch, Event(counter, kind, line))
+
+    def on_progress(
+        self, slot: Slot, batch: Batch, counter: int, fraction: float, text: str
+    ) -> None:
+        """Send progress to the client."""
+        self._tell(batch, Event(counter, EventKind.PROGRESS, text, fraction))
+
+    def on_lost(self, slot: Slot, lost: Lost) -> None:
+        """A child died: the call that ran fails, its neighbours are run again."""
+        if self._closed:
+            return  # the worker leaves: what is not acked goes to another one
+        if lost.running is not None:
+            _log.warning("child.lost", slot=slot.number, reason=lost.message)
+        if lost.running is not None:
+            batch, counter = lost.running
+            payload = encode_failure(lost.reason, lost.message)
+            self._outbox.results(
+                batch.context.holding,  # type: ignore[attr-defined]
+                [Result(counter, Status.FAILED, payload)],
+            )
+        for batch, counter in chain(lost.unsent, lost.unstarted):
+            call = next(c for c in batch.calls if c.counter == counter)
+            self._outbox.hand_back(batch.context.holding, [call])  # type: ignore[attr-defined]
+        self._fill()
+
+    # ── placing ──────────────────────────────────────────────────────────────
+
+    def _fill(self) -> None:
+        """A slot can take a call: give it one, take over one, or ask for more."""
+        self.pump()
+        if not any(self._waiting()):
+            self._rebalance_soon()
+            self.intake.refill()
+
+    def _place(self, class_name: str, holding: Holding) -> bool:
+        """Give a holding's waiting calls to slots. False if some still wait."""
+        idle = self.pool.idle(class_name)
+        work_s = self._pace.guess_s(holding.frame.spec.target, len(holding.waiting))
+        if not idle:
+            return self._place_ahead(class_name, holding, work_s)
+        if work_s is not None and work_s < UNDIVIDED_S:
+            idle = idle[:1]
+        calls = holding.waiting
+        for number, slot in enumerate(idle):
+            share = -(-len(calls) // (len(idle) - number))
+            self._give(slot, holding, [calls.popleft() for _ in range(share)])
+        return not calls
+
+    def _place_ahead(self, class_name: str, holding: Holding, work_s: float | None) -> bool:
+        short = not holding.suspect and work_s is not None and work_s <= SHORT_S
+        slot = self._soonest(class_name) if short else None
+        if slot is None:
+            self.pool.grow(class_name)
+            return False
+        self._give(slot, holding, holding.take_waiting())
+        return True
+
+    def _soonest(self, class_name: str) -> Slot | None:
+        """The slot that will be free first, if one takes calls ahead."""
+        if self.pool.reserved_class not in (None, class_name):
+            return None  # or room that is kept would never come about
+        ready = (s for s in self.pool.slots(class_name) if s.ready and _takes_more(s))
+        return min(ready, key=_unfinished, default=None)
+
+    def _give(self, slot: Slot, holding: Holding, calls: list[Call]) -> None:
+        if not calls:
+            return
+        frame = holding.frame
+        given = _Given(holding, len(calls), len(calls), _now())
+        self.pool.grant(frame.spec.resources)
+        slot.give(Batch(frame.spec, frame.client, calls, holding.target_path, given))
+
+    def _line_of(self, holding: Holding) -> deque[Holding]:
+        spec = holding.frame.spec
+        lines = self._lines.get(spec.resources)
+        if lines is None:
+            lines = self._lines[spec.resources] = tuple(deque() for _ in range(4))
+        if holding.suspect:
+            return lines[0]
+        priority = holding.frame.queue.rpartition(".")[2]
+        return lines[1 + _PRIORITIES.index(priority)]
+
+    def _waiting(self) -> Iterable[Holding]:
+        return list(chain.from_iterable(chain.from_iterable(self._lines.values())))
+
+    # ── taking back ──────────────────────────────────────────────────────────
+
+    def _watch(self) -> None:
+        """Look again in a budget's time, for as long as anything is in hand."""
+        if self._watching is None and self._busy():
+            loop = asyncio.get_running_loop()
+            self._watching = loop.call_later(BUDGET_S / 2, self._enforce_budget)
+
+    def _busy(self) -> bool:
+        return any(s.batches for s in self.pool.slots()) or any(self._waiting())
+
+    def _enforce_budget(self) -> None:
+        self._watching = None
+        now = _now()
+        deadline = now - BUDGET_S
+        self._revoke_all(lambda given: given.at < deadline)
+        self.pump()
+        for holding in self._waiting():
+            if holding.since < (now - SUSPECT_S if holding.suspect else deadline):
+                self._hand_back(holding)
+                self.intake.full(holding.frame.spec.resources)
+        self._watch()
+
+    def _revoke_all(self, chosen: Callable[[_Given], bool]) -> None:
+        """Take unstarted calls of the chosen batches back into the line, oldest first."""
+        for slot in self.pool.slots():
+            if _may_hold_unstarted(slot) and chosen(slot.batches[0].context):  # type: ignore[arg-type]
+                self._revoke(slot)
+
+    def _revoke(self, slot: Slot) -> None:
+        for batch, calls in reversed(slot.revoke()):
+            given: _Given = batch.context  # type: ignore[assignment]
+            given.unfinished -= len(calls)
+            given.kept -= len(calls)
+            holding = given.holding
+            if not holding.waiting:
+                holding.since = given.at
+                self._line_of(holding).appendleft(holding)
+            holding.waiting.extendleft(reversed(calls))
+
+    def _hand_back(self, holding: Holding) -> None:
+        self._line_of(holding).remove(holding)
+        self._outbox.hand_back(holding, holding.take_waiting())
+
+    def _drop_waiting(self, holding: Holding, counters: frozenset[int]) -> None:
+        dropped = [call for call in holding.waiting if call.counter in counters]
+        if not dropped:
+            return
+        for call in dropped:
+            holding.waiting.remove(call)
+        if not holding.waiting:
+            self._line_of(holding).remove(holding)
+        self._outbox.failure(holding, dropped, CallCancelled, "cancelled before it started")
+
+    def _rebalance_soon(self) -> None:
+        if self._rebalancing is None:
+            loop = asyncio.get_running_loop()
+            self._rebalancing = loop.call_later(_REBALANCE_S, self._rebalance)
+
+    def _rebalance(self) -> None:
+        """Let idle slots take over what waits behind running calls."""
+        self._rebalancing = None
+        behind = _now() - _REBALANCE_S
+        for class_name in self._lines:
+            if self.pool.idle(class_name) and not self.waits(class_name):
+                loaded = [s for s in self.pool.slots(class_name) if _may_hold_unstarted(s)]
+                if loaded:
+                    slot = max(loaded, key=_unfinished)
+                    if slot.batches[0].context.at < behind:  # type: ignore[attr-defined]
+                        self._revoke(slot)
+                    self._rebalance_soon()
+        self.pump()
+
+    def _tell(self, batch: Batch, event: Event) -> None:
+        holding = batch.context.holding  # type: ignore[attr-defined]
+        self._outbox.event(holding.key, batch.client, batch.spec.label, event)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _unfinished(slot: Slot) -> int:
+    return sum(batch.context.unfinished for batch in slot.batches)  # type: ignore[attr-defined]
+
+
+def _may_hold_unstarted(slot: Slot) -> bool:
+    return bool(slot.batches) and not slot.revoked and (_unfinished(slot) > 1 or not slot.ready)
+
+
+def _takes_more(slot: Slot) -> bool:
+    """One batch running and one behind it keep a child busy while we are."""
+    if len(slot.batches) != 1 or slot.revoked:
+        return False
+    return not slot.batches[0].context.holding.suspect  # type: ignore[attr-defined]

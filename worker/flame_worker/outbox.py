@@ -1,0 +1,276 @@
+"""What leaves the worker: results, hand-backs, output. Nothing is settled before its confirm."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final
+
+from flame_broker.errors import ConfigError, FlameError
+from flame_broker.frames import encode
+from flame_broker.keys import Key
+from flame_broker.logs import get_logger
+from flame_broker.messages import (
+    FRAME_BYTES,
+    SHORT_FRAME_CALLS,
+    Call,
+    Event,
+    EventFrame,
+    Result,
+    ResultFrame,
+    Status,
+    Target,
+)
+from flame_broker.outcomes import encode_failure
+from flame_broker.topology import ledger_queue, logs_exchange, work_queue
+from flame_broker.transport import QueueSpec, Transport, Unroutable
+from flame_worker.holding import Holding
+
+__all__ = ["Outbox"]
+
+_log = get_logger("flame.worker")
+
+_PATIENCE_S: Final = float("inf")
+"""How long custody waits for the broker: a frame that was given up would be held for ever."""
+
+_TRY_AGAIN_S: Final = 1.0
+
+_REPLY_AGAIN_S: Final = 1.0
+_EVENTS_DELAY_S: Final = 0.05
+_EVENTS_SIZE: Final = 256 * 1024
+"""Characters of telemetry that are not held back: a frame of all of them is far below its limit."""
+
+
+@dataclass(slots=True, eq=False)
+class _Parcel:
+    """Results of one target for one reply queue that wait to be sent together."""
+
+    holding: Holding
+    results: list[Result] = field(default_factory=list)
+    nbytes: int = 0
+    seconds: float = 0.0
+    finished: Counter[Holding] = field(default_factory=Counter)
+
+
+class Outbox:
+    """Packs and publishes; settles a holding when the broker has confirmed.
+
+    Args:
+        transport: Where to.
+        worker: This worker's name, for the records.
+    """
+
+    def __init__(self, transport: Transport, worker: str) -> None:
+        self._transport = transport
+        self._worker = worker
+        self._parcels: dict[tuple[str, Target], _Parcel] = {}
+        self._events: dict[tuple[Key, str, str], list[Event]] = {}
+        self._events_size = 0
+        self._in_flight: set[asyncio.Future[None]] = set()
+        self._making: set[asyncio.Future[None]] = set()
+        self._flush_due = False
+
+    def results(self, holding: Holding, results: Iterable[Result], *, seconds: float = 0.0) -> None:
+        """Queue results; they leave in this turn of the loop, packed with their neighbours.
+
+        Args:
+            holding: The frame whose calls they end.
+            results: The results.
+            seconds: What the child spent on them together, if that was measured.
+        """
+        address = holding.frame.reply, holding.frame.spec.target
+        parcel = self._parcels.get(address)
+        if parcel is None:
+            parcel = self._parcels[address] = _Parcel(holding)
+        parcel.seconds += seconds
+        finished = 0
+        for result in results:
+            if parcel.nbytes and parcel.nbytes + len(result.payload) > FRAME_BYTES:
+                # Some brokers take 180 KiB a message, and a batch may bring much more at once.
+                parcel.finished[holding] += finished
+                finished = 0
+                self._send(parcel)
+                parcel = self._parcels[address] = _Parcel(holding)
+            parcel.results.append(result)
+            parcel.nbytes += len(result.payload)
+            # A large item counts as a call of its own: it comes from the store, in its own time.
+            finished += result.status is not Status.ITEM or result.ref is not None
+        parcel.finished[holding] += finished
+        if len(parcel.results) >= SHORT_FRAME_CALLS or parcel.nbytes >= FRAME_BYTES:
+            self._send(self._parcels.pop(address))
+        elif not self._flush_due:
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def failure(
+        self, holding: Holding, calls: Iterable[Call], kind: type[FlameError], message: str
+    ) -> None:
+        """Queue the same typed failure for several calls."""
+        payload = encode_failure(kind, message)
+        self.results(holding, [Result(c.counter, Status.FAILED, payload) for c in calls])
+
+    def hand_back(
+        self, holding: Holding, calls: Iterable[Call], *, queue: str = "", strikes: int = 0
+    ) -> None:
+        """Publish calls one a frame (to their own queue, unless told), then settle them."""
+        for call in calls:
+            frame = replace(
+                holding.frame,
+                queue=queue or holding.frame.queue,
+                calls=(call,),
+                strikes=strikes or holding.frame.strikes,
+                handed=holding.frame.handed + 1,
+            )
+            body = encode(frame, holding.key)
+            self._store(work_queue(frame.queue), body, partial(holding.settle, 1))
+
+    def set_aside(self, queue: str, body: bytes, reason: str, then: Callable[[], None]) -> None:
+        """Publish a message that cannot be run here, as it came, with the reason."""
+        self._store(work_queue(queue), body, then, headers={"x-flame-reason": reason[:1000]})
+
+    def event(self, key: Key, client: str, label: str, event: Event) -> None:
+        """Queue telemetry: packed over 50 ms, sent unconfirmed, dropped if nobody listens."""
+        if not self._transport.capabilities.fanout:
+            return  # said once at the start; nobody could listen
+        events = self._events.setdefault((key, client, label), [])
+        if not events:
+            asyncio.get_running_loop().call_later(_EVENTS_DELAY_S, self.send_events)
+        events.append(event)
+        self._events_size += len(event.text)
+        if self._events_size >= _EVENTS_SIZE:
+            self.send_events()
+
+    def send_events(self) -> None:
+        """Send the telemetry that has piled up."""
+        pending, self._events, self._events_size = self._events, {}, 0
+        for (key, client, label), events in pending.items():
+            exchange = logs_exchange(key.hex_id)
+            frame = EventFrame(exchange, client, self._worker, label, tuple(events))
+            confirmed = self._transport.publish(
+                client, encode(frame, key), exchange=exchange, mandatory=False, persistent=False
+            )
+            confirmed.add_done_callback(_forget)
+
+    def publish(
+        self,
+        queue: str,
+        body: bytes,
+        then: Callable[[], None],
+        *,
+        headers: dict[str, str | int] | None = None,
+        otherwise: Callable[[], None] | None = None,
+    ) -> None:
+        """Publish, and call ``then`` when confirmed; ``otherwise`` if no queue has that name."""
+        confirmed = self._transport.publish(queue, body, headers=headers, deadline_s=_PATIENCE_S)
+        self._in_flight.add(confirmed)
+        confirmed.add_done_callback(partial(self._confirmed, queue, then, otherwise))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Send what is queued and wait for the confirms."""
+        self._flush()
+        self.send_events()
+        if self._in_flight:
+            await asyncio.wait(self._in_flight, timeout=timeout_s)
+
+    def close(self) -> None:
+        """Make no queues any more: the transport is about to close."""
+        for task in self._making:
+            task.cancel()
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        parcels, self._parcels = self._parcels, {}
+        for parcel in parcels.values():
+            self._send(parcel)
+
+    def _send(self, parcel: _Parcel) -> None:
+        frame, key = parcel.holding.frame, parcel.holding.key
+        record = ResultFrame(
+            frame.reply,
+            frame.client,
+            self._worker,
+            tuple(parcel.results),
+            frame.attempt,
+            parcel.seconds,
+        )
+        settle = partial(_settle, parcel.finished)
+        body = encode(record, key)
+        lost = partial(self._to_ledger, record, key, settle)
+        again = partial(self.publish, frame.reply, body, settle, otherwise=lost)
+        self.publish(frame.reply, body, settle, otherwise=partial(self._later, again))
+
+    def _later(self, again: Callable[[], None]) -> None:
+        """Try a second time: a client whose queue was deleted under it is making it anew."""
+        asyncio.get_running_loop().call_later(_REPLY_AGAIN_S, again)
+
+    def _to_ledger(self, record: ResultFrame, key: Key, settle: Callable[[], None]) -> None:
+        """The reply queue is gone: the client died, or slept past its expiry (rule 9)."""
+        _log.info("result.reply_queue_gone", client=record.client, results=len(record.results))
+        spec = ledger_queue(key.hex_id)
+        body = encode(replace(record, queue=spec.name), key)
+        self._make(spec, partial(self._store, spec, body, settle))
+
+    def _store(
+        self,
+        queue: QueueSpec,
+        body: bytes,
+        then: Callable[[], None],
+        *,
+        headers: dict[str, str | int] | None = None,
+    ) -> None:
+        """Publish into a queue of the cluster, which is made again if somebody has deleted it."""
+        again = partial(self._store, queue, body, then, headers=headers)
+        otherwise = partial(self._make, queue, again)
+        self.publish(queue.name, body, then, headers=headers, otherwise=otherwise)
+
+    def _make(self, queue: QueueSpec, then: Callable[[], None]) -> None:
+        task = asyncio.ensure_future(self._declare(queue, then))
+        for under_way in (self._in_flight, self._making):
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+
+    async def _declare(self, queue: QueueSpec, then: Callable[[], None]) -> None:
+        while True:
+            try:
+                await self._transport.declare(queue)
+            except FlameError as problem:
+                _log.warning("queue.not_made", queue=queue.name, reason=str(problem))
+                await asyncio.sleep(_TRY_AGAIN_S)
+            else:
+                then()
+                return
+
+    def _confirmed(
+        self,
+        queue: str,
+        then: Callable[[], None],
+        otherwise: Callable[[], None] | None,
+        confirmed: asyncio.Future[None],
+    ) -> None:
+        self._in_flight.discard(confirmed)
+        if confirmed.cancelled():
+            return
+        problem = confirmed.exception()
+        if problem is None:
+            then()
+        elif isinstance(problem, (Unroutable, ConfigError)) and otherwise is not None:
+            otherwise()  # no such queue, or a name that no queue can have
+        elif isinstance(problem, FlameError):
+            # The transport is closed. Not acked, so not lost: the frame is delivered again.
+            _log.warning("publish.failed", queue=queue, reason=str(problem))
+        else:
+            raise problem
+
+
+def _settle(finished: Counter[Holding]) -> None:
+    for holding, calls in finished.items():
+        holding.settle(calls)
+
+
+def _forget(confirmed: asyncio.Future[None]) -> None:
+    """Telemetry may drop; looking at the exception keeps asyncio from reporting it."""
+    if not confirmed.cancelled():
+        confirmed.exception()
