@@ -1,0 +1,389 @@
+"""The courier: one thread with an event loop that carries calls out and results back.
+
+It is started when a client is first used, never at import. A forked child has no such thread; its
+client makes a courier of its own, and the parent's futures fail there with a clear error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from functools import partial
+from itertools import count
+from time import monotonic
+from typing import Final, Protocol, TypeVar
+
+from flame.inquiry import Inquiry
+from flame.lanes import Lane, Pending, Record
+from flame.replies import Replies
+from flame.sending import Sender
+from flame.silence import Silence
+from flame_broker.connect import open_transport
+from flame_broker.errors import BrokerUnavailable, CallCancelled, FlameError
+from flame_broker.keys import Keyring
+from flame_broker.logs import get_logger
+from flame_broker.messages import Call, call_id
+from flame_broker.topology import (
+    control_exchange,
+    logs_exchange,
+    logs_queue,
+    reply_queue,
+)
+from flame_broker.transport import Consumer, TellsOfWaiting, Transport
+
+__all__ = ["Cluster", "Courier"]
+
+_CONNECT_DEADLINE_S: Final = 10.0
+_DRAIN_S: Final = 5.0
+_LAST_WORDS_S: Final = 0.15  # workers send output up to 50 ms after the result it belongs to
+_REPLIES_AHEAD: Final = 512
+_EVENTS_AHEAD: Final = 64
+
+_log = get_logger("flame.client")
+
+T = TypeVar("T")
+
+
+def _closed_early(call: str) -> CallCancelled:
+    return CallCancelled(
+        "the client was closed before the result arrived; the call itself may go on", call
+    )
+
+
+class Cluster(Protocol):
+    """A cluster that lives in this process, as the ``flame.clusters`` entry points give it."""
+
+    url: str
+    store_url: str
+    keyring: Keyring
+
+    async def start(self) -> None:
+        """Start it in the running loop; ``url`` and the others hold from then on."""
+
+    async def stop(self) -> None:
+        """End it and all its processes."""
+
+
+class Courier:
+    """Carries the calls of one client in one process.
+
+    Args:
+        client_id: Whose calls these are.
+        url: The broker.
+        keyring: The first key signs, all verify.
+        upload: Brings a lane's target into the store; blocks.
+        cluster: Started before connecting and stopped at the end, in the courier's loop.
+
+    Attributes:
+        counters: Numbers for calls.
+        pending: The calls whose outcome somebody waits for.
+    """
+
+    def __init__(
+        self,
+        client_id: str,
+        url: str,
+        keyring: Keyring,
+        *,
+        upload: Callable[[Lane], None],
+        cluster: Cluster | None = None,
+    ) -> None:
+        self.counters = count(1)
+        self.pending = Pending()
+        self._client_id = client_id
+        self._key = keyring.signer
+        self._cluster = cluster
+        self._url = url
+        self._epoch = 0
+        self._awake = False
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._transport: Transport = open_transport(url, name=f"flame client {client_id}")
+        self._consumer: Consumer | None = None
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="flame-courier", daemon=True)
+        self._sender = Sender(
+            self._transport, self._key, client_id, self.pending, wake=self._wake, upload=upload
+        )
+        self.replies = Replies(
+            keyring,
+            self.pending,
+            released=self._sender.released,
+            unblock=self._sender.unblock,
+        )
+        self._inquiry = Inquiry(self._transport, keyring, self.replies, lambda: self._sender.reply)
+        self._silence = Silence(
+            self._inquiry,
+            self.pending,
+            last_result_s=lambda: self.replies.last_result_s,
+            key_id=self._key.hex_id,
+            connected=lambda: self._transport.connected,
+        )
+
+    # ── from any thread ──────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Connect.
+
+        Raises:
+            BrokerUnavailable: No broker answered within 10 s.
+        """
+        opened: Future[None] = Future()
+        self._thread.start()
+        self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._open(opened)))
+        try:
+            opened.result()
+        # Whatever it is, Ctrl-C too, goes on: a client that did not connect leaves no thread.
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    def submit(self, lane: Lane, call: Call) -> None:
+        """Queue a call whose record stands in ``pending`` already."""
+        lane.put(call)
+        if self._closed:
+            self._refuse([call])
+        # The loop clears the flag before it looks into the outbox, so no call is overlooked.
+        if not lane.busy:
+            self._sender.stir(lane)
+
+    def submit_all(self, lane: Lane, calls: list[Call]) -> None:
+        """Queue several."""
+        lane.put_all(calls)
+        if self._closed:
+            self._refuse(calls)
+        self._sender.stir(lane)
+
+    def withdraw(self, counter: int) -> bool:
+        """Give up on a call; False if its outcome is already here."""
+        record = self.pending.records.pop(counter, None)
+        if record is None:
+            return False
+        self._call_in_loop(partial(self._withdrawn, counter, record))
+        return True
+
+    def abandon(self, counters: list[int]) -> None:
+        """Give up on calls that share a record; what is published of them is cancelled."""
+        if not self._closed:
+            self._call_in_loop(partial(self._abandoned, counters))
+
+    def recall(self, counters: list[int]) -> None:
+        """Have published calls cancelled unless they have started; their outcome says which."""
+        self._call_in_loop(partial(self._sender.cancel, counters, spare_running=True))
+
+    def may_block(self) -> bool:
+        """False in the courier's own thread."""
+        return threading.get_ident() != self._thread.ident
+
+    def ask(self, question: Callable[[Inquiry], Coroutine[None, None, T]]) -> T:
+        """Put a question to the cluster and wait for the answer."""
+        self._check_open()
+        if not self.may_block():
+            raise FlameError("the cluster cannot be asked inside a done-callback")
+        answer = asyncio.run_coroutine_threadsafe(question(self._inquiry), self._loop)
+        try:
+            return answer.result()
+        finally:
+            answer.cancel()  # Ctrl-C ends the wait only
+
+    @property
+    def server(self) -> str:
+        """What the broker says it is."""
+        return self._transport.server
+
+    @property
+    def reaches_workers(self) -> bool:
+        """Whether workers can be asked and told."""
+        return self._inquiry.reaches_workers
+
+    def close(self) -> None:
+        """Send what is queued, disconnect, end the thread. What is pending fails."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+            self._stop_loop()
+            self.replies.console.close()
+        finally:  # also after Ctrl-C: threads may wait for what is pending
+            self._fail_pending(_closed_early)
+
+    def after_fork(self) -> None:
+        """In a forked child, where this thread does not exist: end what is pending."""
+        self._closed = True
+        for record in self.pending.records.values():
+            record.forget_locks()
+        self._fail_pending(
+            lambda call: FlameError(
+                f"call {call} belongs to the process that made it; a forked child has a "
+                "connection of its own and cannot receive the parent's results"
+            )
+        )
+
+    def _fail_pending(self, make: Callable[[str], FlameError]) -> None:
+        while self.pending.records:
+            counter, record = self.pending.records.popitem()
+            record.fail_call(counter, make(call_id(self._client_id, counter)))
+
+    def _refuse(self, calls: list[Call]) -> None:
+        """End calls that came too late for ``close`` to end them, and say so."""
+        for counter, _, _ in calls:
+            if (record := self.pending.records.pop(counter, None)) is not None:
+                record.fail_call(counter, _closed_early(call_id(self._client_id, counter)))
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FlameError("this client is closed; flame.connect() makes a new one")
+
+    def _wake(self) -> None:
+        if not self._awake:
+            self._awake = True
+            self._call_in_loop(self._flush)
+
+    def _call_in_loop(self, callback: Callable[[], object]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError as exc:
+            raise FlameError("this client is closed; flame.connect() makes a new one") from exc
+
+    # ── in the loop ──────────────────────────────────────────────────────────
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(_end_tasks())
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _flush(self) -> None:
+        self._awake = False
+        self._sender.flush()
+        self._silence.watch()
+
+    async def _open(self, opened: Future[None]) -> None:
+        try:
+            async with asyncio.timeout(_CONNECT_DEADLINE_S + 5):
+                await self._connect()
+        except TimeoutError:
+            opened.set_exception(BrokerUnavailable("the broker accepted us and then fell silent"))
+        # Whoever called start() must hear of it, whatever it is: it is raised there.
+        except BaseException as exc:  # noqa: BLE001
+            opened.set_exception(exc)
+        else:
+            opened.set_result(None)
+
+    async def _connect(self) -> None:
+        if self._cluster is not None:
+            await self._cluster.start()
+        transport, key_id = self._transport, self._key.hex_id
+        await transport.open(deadline_s=_CONNECT_DEADLINE_S)
+        if isinstance(transport, TellsOfWaiting):
+            transport.waits_while(lambda: bool(self.pending.records))
+        transport.on_reconnect = self._reconnected
+        if not transport.capabilities.fanout:
+            _log.warning(
+                "broker.no_fanout",
+                broker=transport.server,
+                reason="no remote output, remote cancel or `flame workers` with this broker",
+            )
+            await self._listen()
+            return
+        await transport.declare_exchange(control_exchange(key_id), "fanout")
+        logs, ear = logs_exchange(key_id), logs_queue(key_id, self._client_id)
+        await transport.declare_exchange(logs, "topic")
+        await transport.declare(ear)
+        await self._listen()
+        await transport.consume(
+            ear.name, partial(self.replies.on_event, logs), prefetch=_EVENTS_AHEAD
+        )
+
+    async def _listen(self) -> None:
+        queue = reply_queue(self._key.hex_id, self._client_id, self._epoch)
+        await self._transport.declare(queue)
+        self._consumer = await self._transport.consume(
+            queue.name, self.replies.on_reply, prefetch=_REPLIES_AHEAD
+        )
+        self._sender.reply = queue.name
+
+    def _reconnected(self) -> None:
+        self._reconnecting = self._loop.create_task(self._check_reply_queue())
+
+    async def _check_reply_queue(self) -> None:
+        """The queue may have expired while we slept: then results come to the next epoch's."""
+        try:
+            await self._transport.declare(
+                reply_queue(self._key.hex_id, self._client_id, self._epoch)
+            )
+        except BrokerUnavailable:
+            return  # lost again; the next reconnect comes here
+        except FlameError as exc:
+            _log.warning("reply_queue.lost", epoch=self._epoch, reason=str(exc))
+            self._epoch += 1
+            await self._listen()
+
+    def _withdrawn(self, counter: int, record: Record) -> None:
+        if record.published:
+            self._sender.released(record)
+            self._sender.cancel([counter])
+        self._sender.unblock()
+
+    def _abandoned(self, counters: list[int]) -> None:
+        left = [(n, r) for n in counters if (r := self.pending.records.pop(n, None)) is not None]
+        if not left:
+            return
+        # A record of several calls is packed in their order: the first so many are published.
+        first = set(counters[: left[0][1].published])
+        published = [n for n, _ in left if n in first]
+        if published:
+            self._sender.released(left[0][1], len(published))
+            self._sender.cancel(published)
+        self._sender.unblock()
+
+    async def _close(self) -> None:
+        self._silence.close()
+        self._cancel_maps()
+        await self._sender.drain(_DRAIN_S)
+        since = monotonic() - self.replies.last_result_s
+        if since < _LAST_WORDS_S:
+            await asyncio.sleep(_LAST_WORDS_S - since)
+        if self._transport.connected and self._consumer is not None:
+            await self._forget_replies(self._consumer)
+        await self._transport.close()
+        if self._cluster is not None:
+            await self._cluster.stop()
+
+    def _cancel_maps(self) -> None:
+        """Whoever leaves a map early cancels the rest of it, also by ending the program."""
+        records = self.pending.records
+        unwanted = [n for n, record in [*records.items()] if record.ends_with_client]
+        if unwanted:
+            self._sender.cancel(unwanted)
+        for counter in unwanted:
+            if (record := records.pop(counter, None)) is not None:
+                record.fail_call(counter, _closed_early(call_id(self._client_id, counter)))
+
+    async def _forget_replies(self, consumer: Consumer) -> None:
+        """Results that come from now on go to the ledger, not to a queue that nobody reads."""
+        try:
+            async with asyncio.timeout(2):
+                await consumer.cancel()
+                await self._transport.delete(self._sender.reply)
+        except (FlameError, TimeoutError) as exc:
+            _log.info("reply_queue.not_deleted", reason=str(exc))
+
+
+async def _end_tasks() -> None:
+    """Cancel what a broken start left behind; a task that dies with its loop complains aloud."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)

@@ -1,0 +1,79 @@
+"""The desk: what a future asks of the client and process that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flame.courier import Courier
+from flame.futures import ObjectFuture
+from flame.values import Values
+from flame_broker.codec import Encoded, decode_value
+from flame_broker.errors import MalformedMessage, PackagingError
+from flame_broker.messages import Result, Status, call_id
+from flame_broker.objects import ObjectRef
+from flame_broker.outcomes import decode_error, decode_failure
+
+__all__ = ["Desk"]
+
+_FAILURES = (Status.ERROR, Status.FAILED)
+
+
+class Desk:
+    """Opens outcomes and gives up calls.
+
+    Args:
+        client_id: Whose calls.
+        courier: Who carries them.
+        values: Where large ones lie.
+    """
+
+    def __init__(self, client_id: str, courier: Courier, values: Values) -> None:
+        self.client_id = client_id
+        self._courier = courier
+        self._values = values
+        self.may_block = courier.may_block
+        self.lines_of = courier.replies.log_book.lines_of
+
+    def withdraw(self, future: ObjectFuture[Any]) -> bool:
+        """Give up on a call; False if its outcome is already here."""
+        return self._courier.withdraw(future.counter)
+
+    def recall(self, futures: Iterable[ObjectFuture[Any]]) -> None:
+        """Have calls that are on their way cancelled, unless they have started."""
+        self._courier.recall([future.counter for future in futures])
+
+    def in_background(self, work: Callable[[], object]) -> None:
+        """Run in a thread of the client's pool."""
+        self._values.in_background(work)
+
+    def open_outcome(self, result: Result) -> tuple[Any, BaseException | None]:
+        """Decode an outcome into a value or an exception; may download.
+
+        Raises:
+            StoreError: The value could not be fetched; another try may succeed.
+        """
+        if result.status in _FAILURES:
+            return None, self._open_failure(result)
+        try:
+            if result.ref is None:
+                return decode_value(result.payload), None
+            return self._values.get_object(result.ref), None
+        except (PackagingError, MalformedMessage) as exc:
+            problem = PackagingError(
+                f"the result of call {call_id(self.client_id, result.counter)} cannot be rebuilt "
+                f"here: {type(exc).__name__}: {exc}"
+            )
+            problem.__cause__ = exc
+            return None, problem
+
+    def _open_failure(self, result: Result) -> BaseException:
+        name = call_id(self.client_id, result.counter)
+        decode = decode_error if result.status is Status.ERROR else decode_failure
+        return decode(result.payload, name)
+
+    def store_value(self, result: Result | None, value: object) -> ObjectRef:
+        """Upload a small result that somebody wants a reference to."""
+        if result is None:
+            return self._values.put_object(value)
+        return self._values.put(Encoded((result.payload,), len(result.payload)))

@@ -1,0 +1,118 @@
+"""``flame.Executor``: the cluster as a ``concurrent.futures.Executor``."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
+
+from flame.calls import Caller
+from flame.client import default_client
+from flame.options import ServiceOptions, make_options
+from flame.packaging import TargetCache, pack_target
+from flame.window import Gate
+from flame_broker.errors import PackagingError
+
+if TYPE_CHECKING:
+    from flame.client import Client
+    from flame.futures import ObjectFuture
+
+__all__ = ["Executor"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Executor(concurrent.futures.Executor):
+    """Runs functions on the workers; a drop-in for the standard library's executors.
+
+    A function is packed when it is first submitted and known by identity from then on: if its
+    closure or the globals it uses change later, workers keep what was sent first. ``cancel()``
+    of a future also stops a call that runs.
+
+    Args:
+        max_workers: At most so many calls at once; None for as many as the workers take.
+        client: Who sends the calls; by default the client that was connected last.
+        service_options: As for ``Runner.service``.
+
+    Raises:
+        ValueError: ``max_workers`` is not positive, or an option has an impossible value.
+
+    >>> with Executor() as executor:
+    ...     print(list(executor.map(pow, [2, 3], [5, 2])))
+    [32, 9]
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        client: Client | None = None,
+        **service_options: Unpack[ServiceOptions],
+    ) -> None:
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        make_options(self, echo=True, given=service_options)  # wrong ones are refused here
+        self._client = client
+        self._options = service_options
+        self._gate = None if max_workers is None else Gate(max_workers)
+        self._callers = TargetCache()
+        self._lock = threading.Lock()
+        self._shut = False
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> ObjectFuture[R]:
+        """Start ``fn(*args, **kwargs)`` on a worker.
+
+        Raises:
+            RuntimeError: The executor was shut down.
+        """
+        with self._lock:
+            if self._shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            caller: Caller = self._callers.find(fn, lambda: self._make_caller(fn))
+            future = self._submit(caller, args, kwargs)
+            future.owner = self
+            return future
+
+    def _submit(self, caller: Caller, args: Any, kwargs: Any) -> ObjectFuture[Any]:
+        try:
+            return caller.submit(args, kwargs)
+        except PackagingError as exc:
+            # The standard library's executors report this through the future.
+            return caller.failed(exc)
+
+    def _make_caller(self, fn: Callable[..., Any]) -> Caller:
+        if not callable(fn):
+            raise TypeError(f"expected a function, found a {type(fn).__name__}")
+        if self._client is None:
+            self._client = default_client()
+        options = make_options(fn, echo=True, given=self._options)
+        return Caller(self._client, pack_target(fn), options, gate=self._gate)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Accept no more calls.
+
+        Args:
+            wait: Return when all calls have ended.
+            cancel_futures: Cancel the calls that have not started. Those that are published are
+                asked back from the workers, and end as cancelled when a worker says so.
+        """
+        with self._lock:
+            self._shut = True
+            futures = self._pending()
+        if cancel_futures:
+            self._recall(futures)
+        if wait:
+            concurrent.futures.wait(futures)
+
+    def _pending(self) -> list[ObjectFuture[Any]]:
+        """Our futures that are not done; the client's table has every one."""
+        if self._client is None:
+            return []
+        return [future for future in self._client.pending_futures() if future.owner is self]
+
+    def _recall(self, futures: list[ObjectFuture[Any]]) -> None:
+        published = [future for future in futures if not future.recall()]
+        if published and self._client is not None:
+            self._client.session.desk.recall(published)

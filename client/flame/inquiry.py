@@ -1,0 +1,229 @@
+"""Questions to the cluster that are no calls: who works here, how far is the broker, what waits.
+
+Every method is a coroutine of the courier's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter, time
+from typing import Final
+
+from flame.replies import Replies
+from flame_broker.errors import BrokerUnavailable, ConfigError, FlameError
+from flame_broker.frames import encode, open_frame
+from flame_broker.keys import Key, Keyring
+from flame_broker.messages import ControlFrame, Plain, Priority
+from flame_broker.resources import DEFAULT_CLASS
+from flame_broker.topology import (
+    calls_queue,
+    classes_queue,
+    control_exchange,
+    dead_queue,
+    ledger_queue,
+    parked_queue,
+    suspects_queue,
+)
+from flame_broker.transport import Delivery, QueueSpec, Transport
+
+__all__ = ["Enough", "Facts", "Inquiry", "QueueDepth"]
+
+Facts = Mapping[str, Plain]
+"""What a worker says about itself, and ``clock_skew_s``: how far its clock is from ours."""
+
+Enough = Callable[[Sequence[Facts]], bool]
+
+_PATIENCE_S: Final = 10.0
+_STREAM_QUIET_S: Final = 0.3
+_STREAM_AHEAD: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """How much waits in one queue.
+
+    Attributes:
+        pool: The pool that it belongs to; ``""`` for the queues of a whole key or client.
+        kind: ``calls``, ``suspects``, ``dead``, ``parked``, ``ledger`` or ``replies``.
+        resources: The resource class of calls.
+        priority: The priority of calls.
+        messages: Messages that nobody has taken yet; one may hold up to 64 calls.
+        name: The queue, as the broker knows it.
+    """
+
+    pool: str
+    kind: str
+    resources: str
+    priority: str
+    messages: int
+    name: str
+
+
+class Inquiry:
+    """Asks, and waits for the answers on the client's reply queue.
+
+    Args:
+        transport: Where the cluster is.
+        keyring: The first key signs and names the queues.
+        replies: Tells of control frames that arrive.
+        reply_queue: Where the answers come to.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        keyring: Keyring,
+        replies: Replies,
+        reply_queue: Callable[[], str],
+    ) -> None:
+        self._transport = transport
+        self._keyring = keyring
+        self._key: Key = keyring.signer
+        self._replies = replies
+        self._reply_queue = reply_queue
+
+    @property
+    def reaches_workers(self) -> bool:
+        """Whether there is a way to ask all workers at all."""
+        return self._transport.capabilities.fanout
+
+    async def workers(self, timeout_s: float, enough: Enough | None) -> list[Facts]:
+        """Collect what the workers of this key say, until enough have or the time is over."""
+        found: dict[str, Facts] = {}
+        complete = asyncio.Event()
+        asked_at = time()
+
+        def take(frame: ControlFrame) -> None:
+            if frame.verb == "here":
+                name = str(frame.arguments.get("worker"))
+                found[name] = _with_skew(frame.arguments, asked_at)
+                if enough is not None and enough([*found.values()]):
+                    complete.set()
+
+        with self._replies.listening(take):
+            await self.order("hello", {"reply": self._reply_queue()})
+            await _wait(complete, timeout_s)
+        return [found[name] for name in sorted(found)]
+
+    async def order(self, verb: str, arguments: Mapping[str, Plain]) -> None:
+        """Say something to all workers of this key.
+
+        Raises:
+            ConfigError: The broker has no way to reach all of them.
+        """
+        if not self.reaches_workers:
+            raise ConfigError(
+                f"this broker ({self._transport.server}) has no fan-out: its workers cannot be "
+                "asked who they are or told to leave; see their logs and health files"
+            )
+        exchange = control_exchange(self._key.hex_id)
+        body = encode(ControlFrame(exchange, verb, arguments), self._key)
+        async with _patience():
+            await self._transport.publish("", body, exchange=exchange, mandatory=False)
+
+    async def echo(self) -> float:
+        """Send a message to ourselves; the seconds until it was back.
+
+        Raises:
+            BrokerUnavailable: It was not back within 10 s.
+        """
+        token, back = secrets.token_hex(8), asyncio.Event()
+
+        def take(frame: ControlFrame) -> None:
+            if frame.arguments.get("token") == token:
+                back.set()
+
+        with self._replies.listening(take):
+            queue, started_s = self._reply_queue(), perf_counter()
+            body = encode(ControlFrame(queue, "echo", {"token": token}), self._key)
+            async with _patience():
+                await self._transport.publish(queue, body)
+                await back.wait()
+            return perf_counter() - started_s
+
+    async def queues(self, pools: Sequence[str]) -> list[QueueDepth]:
+        """How much waits in the queues of these pools and in our own; those that exist."""
+        key_id, found = self._key.hex_id, list[QueueDepth]()
+
+        async def count(spec: QueueSpec, kind: str, *place: str) -> None:
+            depth = await self._transport.depth(spec.name)
+            if depth is not None:
+                pool, resources, priority = (*place, "", "", "")[:3]
+                found.append(QueueDepth(pool, kind, resources, priority, depth, spec.name))
+
+        for pool in pools:
+            for name in await self._classes(pool):
+                for level in Priority:
+                    queue = calls_queue(key_id, pool, name, level)
+                    await count(queue, "calls", pool, name, level.value)
+            await count(suspects_queue(key_id, pool), "suspects", pool)
+            await count(dead_queue(key_id, pool), "dead", pool)
+            await count(parked_queue(key_id, pool), "parked", pool)
+        await count(ledger_queue(key_id), "ledger")
+        await count(QueueSpec(self._reply_queue()), "replies")
+        return found
+
+    async def _classes(self, pool: str) -> list[str]:
+        """The resource classes that were announced in a pool, the default one first."""
+        stream = classes_queue(self._key.hex_id, pool)
+        names = {DEFAULT_CLASS: None}
+        if not self._transport.capabilities.streams:
+            return [*names]
+        if await self._transport.depth(stream.name) is None:
+            return [*names]
+        # A stream has no end that could be asked for: silence is the end.
+        fresh = asyncio.Event()
+        await self._transport.declare(stream)
+        consumer = await self._transport.consume(
+            stream.name, partial(self._note_class, names, fresh), prefetch=_STREAM_AHEAD
+        )
+        while await _wait(fresh, _STREAM_QUIET_S):
+            fresh.clear()
+        await consumer.cancel()
+        return [*names]
+
+    def _note_class(self, names: dict[str, None], fresh: asyncio.Event, delivery: Delivery) -> None:
+        delivery.ack()
+        fresh.set()
+        try:
+            frame, _ = open_frame(delivery.body, self._keyring, queue=delivery.queue)
+        except FlameError:
+            return  # workers say so in their logs; here it is merely no class
+        if isinstance(frame, ControlFrame) and frame.verb == "class":
+            names[str(frame.arguments.get("name"))] = None
+
+
+def _with_skew(facts: Facts, asked_at: float) -> Facts:
+    """A clock that shows a moment between question and answer is right."""
+    clock = facts.get("clock")
+    if not isinstance(clock, (int, float)):
+        return facts
+    skew_s = min(clock - asked_at, 0.0) + max(clock - time(), 0.0)
+    return {**facts, "clock_skew_s": round(skew_s, 3)}
+
+
+@asynccontextmanager
+async def _patience() -> AsyncIterator[None]:
+    """A deadline of our own: that of a publish does not run while the broker has an alarm."""
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            yield
+    except TimeoutError as exc:
+        raise BrokerUnavailable(
+            f"the broker is connected and took no message within {_PATIENCE_S:g} s; a memory or "
+            "disk alarm does that, its log and its management page tell"
+        ) from exc
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

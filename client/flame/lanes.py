@@ -1,0 +1,142 @@
+"""Lanes: calls that may share a frame, because they go to one queue and share their spec."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flame.packaging import PackedTarget
+from flame.window import Gate, Window
+from flame_broker.messages import (
+    FRAME_BYTES,
+    FRAME_CALLS,
+    SHORT_FRAME_CALLS,
+    Call,
+    CallSpec,
+    Result,
+)
+from flame_broker.transport import QueueSpec
+
+__all__ = ["Lane", "Pending", "Record"]
+
+_SAME_EXPIRY_S = 0.05
+_SHORT_FRAME_S = 0.01  # a fifth of the worker's time budget for a frame
+_WEIGHT = 0.3
+
+
+class Record(Protocol):
+    """Who waits for the outcome of a call: a future, or a chunk of a map."""
+
+    published: int
+    gate: Gate | None
+    lane: Lane | None  # whose pace its results teach
+    ends_with_client: bool  # cancel its calls when the client closes; others go on
+
+    def settle(self, result: Result) -> None:
+        """Take the outcome, once."""
+
+    def take_item(self, result: Result) -> None:
+        """Take one item of a stream."""
+
+    def take_progress(self, fraction: float, text: str) -> None:
+        """Take a progress report."""
+
+    def take_sign_of_life(self) -> None:
+        """Note that the call runs."""
+
+    def fail_call(self, counter: int, exc: BaseException) -> None:
+        """End a call that no worker ended."""
+
+    def forget_locks(self) -> None:
+        """In a forked child: locks that were held at the fork stay held for ever."""
+
+
+@dataclass(slots=True)
+class Pending:
+    """The calls whose outcome somebody waits for.
+
+    ``records`` is touched by several threads, each time by one operation that cannot be
+    interrupted; whoever takes a record out settles it. The window counts in the loop only.
+    """
+
+    window: Window = field(default_factory=Window)
+    records: dict[int, Record] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """Where calls wait in the client until they are packed into frames.
+
+    Args:
+        queue: Where the frames go.
+        spec: What they share.
+        packed: The target, with its pickle if it goes by value.
+        pool: The worker pool, for the announcement of a resource class.
+        queue_timeout_s: How long a call may wait for a worker; 0 for ever.
+        gate: A limit of its own on calls on their way.
+    """
+
+    queue: QueueSpec
+    spec: CallSpec
+    packed: PackedTarget
+    pool: str
+    queue_timeout_s: float = 0.0
+    gate: Gate | None = None
+    outbox: deque[Call] = field(default_factory=deque)
+    born: deque[float] = field(default_factory=deque)
+    busy: bool = False
+    prepared: bool = False
+    preparing: Any = None
+    call_s: float = 0.0
+
+    def learn(self, results: int, seconds: float) -> None:
+        """Note that so many results took the children so long."""
+        each = seconds / results
+        self.call_s += _WEIGHT * (each - self.call_s) if self.call_s else each
+
+    @property
+    def frame_calls(self) -> int:
+        """How many calls a frame may hold: more if they are known to be short."""
+        if not self.call_s:
+            return FRAME_CALLS
+        return min(max(int(_SHORT_FRAME_S / self.call_s), FRAME_CALLS), SHORT_FRAME_CALLS)
+
+    def put(self, call: Call) -> None:
+        """Queue a call for packing."""
+        if self.queue_timeout_s:
+            self.born.append(time.time())
+        self.outbox.append(call)
+
+    def put_all(self, calls: list[Call]) -> None:
+        """Queue several."""
+        if self.queue_timeout_s:
+            self.born.extend([time.time()] * len(calls))
+        self.outbox.extend(calls)
+
+    def take(self, room: int, records: dict[int, Record]) -> tuple[list[Call], float]:
+        """The calls of the next frame, and when they expire (0 for never).
+
+        Calls that were cancelled meanwhile are left out.
+        """
+        calls: list[Call] = []
+        outbox, timed = self.outbox, self.queue_timeout_s
+        nbytes, expires_at, most = 0, 0.0, min(room, self.frame_calls)
+        while outbox and len(calls) < most:
+            counter, payload, _ = call = outbox[0]
+            nbytes += len(payload)
+            if calls and nbytes > FRAME_BYTES:
+                break
+            if timed:
+                due = self.born[0] + timed
+                if calls and due - expires_at > _SAME_EXPIRY_S:
+                    break
+                self.born.popleft()
+                expires_at = expires_at or due
+            outbox.popleft()
+            record = records.get(counter)
+            if record is not None:
+                record.published += 1
+                calls.append(call)
+        return calls, expires_at

@@ -1,0 +1,145 @@
+"""From the options that users write to the ones that travel; what is wrong is refused here."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Final, TypedDict
+
+from flame.calls import CallOptions
+from flame.packaging import target_name
+from flame_broker.errors import ConfigError, FlameError
+from flame_broker.messages import Priority
+from flame_broker.resources import ResourceRequirement
+from flame_broker.topology import DEFAULT_POOL
+
+_POOL: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+__all__ = ["ServiceOptions", "check_callable", "make_options", "seconds"]
+
+
+class ServiceOptions(TypedDict, total=False):
+    """What ``Runner.service`` and ``Executor`` take."""
+
+    stateful: bool | None
+    autoscale: bool | None
+    warmup: int
+    resreq: ResourceRequirement | str | None
+    retry: object
+    timeout: float | timedelta | None
+    queue_timeout: float | timedelta | None
+    priority: str
+    pool: str
+    delivery: str
+    track: bool
+
+
+def check_callable(obj: object) -> Callable[..., Any]:
+    """The object, if it is something this version can serve: a function of any kind.
+
+    Raises:
+        FlameError: It is a class, or an instance whose methods would be the service.
+        TypeError: It is nothing one could call.
+    """
+    if isinstance(obj, type):
+        raise FlameError(
+            f"services of classes are not there yet: give a function that makes a {obj.__name__}"
+        )
+    if callable(obj):
+        return obj
+    kind = type(obj).__name__
+    if type(obj).__module__ != "builtins" and _public_methods(obj):
+        raise FlameError(
+            f"services of instances are not there yet: give a function, or a bound method of the "
+            f"{kind} (it travels with its own copy of the {kind}, so no state is kept)"
+        )
+    raise TypeError(f"expected a function, found a {kind}")
+
+
+def _public_methods(obj: object) -> list[str]:
+    found = inspect.getmembers_static(type(obj), callable)
+    return [name for name, _ in found if not name.startswith("_")]
+
+
+def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptions:
+    """Check the options of a service.
+
+    Raises:
+        ConfigError: An option needs an orchestrator, which is not there yet.
+        ResourceError: ``resreq`` makes no sense.
+        TypeError: There is no such option, or its value is of a wrong type.
+        ValueError: An option has a value that it cannot have.
+    """
+    unknown = given.keys() - ServiceOptions.__optional_keys__
+    if unknown:
+        names = ", ".join(sorted(ServiceOptions.__optional_keys__))
+        raise TypeError(f"unknown option {min(unknown)!r}: expected one of {names}")
+    _refuse_what_needs_time(given)
+    warmup: object = given.get("warmup", 0)
+    if not isinstance(warmup, int) or warmup < 0:
+        raise ValueError(f"warmup={warmup!r}: expected 0 or more, as an integer")
+    if given.get("stateful"):
+        raise ValueError("stateful=True is for instances; a function keeps no state between calls")
+    autoscale = given.get("autoscale")
+    return CallOptions(
+        label=target_name(obj).rpartition(":")[2].rpartition(".")[2],
+        resources=_resource_class(given.get("resreq")),
+        timeout_s=seconds("timeout", given.get("timeout")),
+        queue_timeout_s=seconds("queue_timeout", given.get("queue_timeout")),
+        priority=_priority(given.get("priority", "normal")),
+        pool=_pool(given.get("pool", DEFAULT_POOL)),
+        echo=echo,
+        limit=max(1, warmup) if autoscale is False else None,
+    )
+
+
+def _refuse_what_needs_time(given: ServiceOptions) -> None:
+    if given.get("retry") is not None:
+        raise ConfigError("retry= needs the orchestrator, which this version does not have yet")
+    delivery = given.get("delivery", "at_least_once")
+    if delivery == "at_most_once":
+        raise ConfigError(
+            "delivery='at_most_once' needs the orchestrator, which this version does not have yet"
+        )
+    if delivery != "at_least_once":
+        raise ValueError(f"delivery={delivery!r}: expected 'at_least_once' or 'at_most_once'")
+
+
+def seconds(name: str, value: float | timedelta | None) -> float:
+    """A duration in seconds, 0 for none.
+
+    Raises:
+        ValueError: It is not more than 0.
+    """
+    if value is None:
+        return 0.0
+    found = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    if not 0 < found < float("inf"):
+        raise ValueError(f"{name}={value}: expected more than 0 seconds, or None for no limit")
+    return found
+
+
+def _resource_class(resreq: ResourceRequirement | str | None) -> str:
+    request = ResourceRequirement.from_string(resreq) if isinstance(resreq, str) else resreq
+    if request is not None and not isinstance(request, ResourceRequirement):
+        raise TypeError(f"resreq={resreq!r}: expected text such as 'cpu=2,mem=4g,gpu=1'")
+    return (request or ResourceRequirement()).class_name
+
+
+def _priority(name: str) -> Priority:
+    try:
+        return Priority(name)
+    except ValueError:
+        names = ", ".join(repr(one.value) for one in Priority)
+        raise ValueError(f"priority={name!r}: expected one of {names}") from None
+
+
+def _pool(name: object) -> str:
+    if not isinstance(name, str) or _POOL.fullmatch(name) is None:
+        raise ValueError(
+            f"pool={name!r}: expected letters, digits, '-' and '_', up to 64 of them, since it "
+            "becomes a part of queue names"
+        )
+    return name

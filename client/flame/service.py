@@ -1,0 +1,112 @@
+"""``RunnerService``: a function of yours, run by the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from operator import length_hint
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from flame.calls import Caller, CallOptions
+from flame.packaging import NOTHING, PackedTarget
+from flame_broker.errors import FlameError
+
+if TYPE_CHECKING:
+    from flame.client import Client
+    from flame.futures import ObjectFuture
+    from flame.mapping import MapResults
+
+__all__ = ["RunnerService"]
+
+R = TypeVar("R")
+
+
+class RunnerService(Generic[R]):
+    """Calls a function on the workers; ``Runner.service`` makes one.
+
+    >>> def double(value: int) -> int: ...
+    >>> service = runner.service(double)
+    >>> service(21).get()
+    42
+    """
+
+    def __init__(self, client: Client, packed: PackedTarget, options: CallOptions) -> None:
+        self._caller = Caller(client, packed, options)
+        self._options = options
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """What its calls are called on the console."""
+        return self._options.label
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ObjectFuture[R]:
+        """Start a call and return at once.
+
+        Futures and object references may stand in the arguments, also in lists, tuples, sets,
+        dicts and dataclasses: the call starts when the futures are done, and gets the values.
+
+        Raises:
+            PackagingError: An argument cannot be pickled.
+            ConfigError: An argument is over 64 KiB and no object store is configured.
+        """
+        if self._closed:
+            raise self._is_closed()
+        return self._caller.submit(args, kwargs)
+
+    def map(
+        self, iterable: Iterable[Any], *more: Iterable[Any], chunk: int | None = None
+    ) -> MapResults:
+        """Call once for each item, or with one item of each iterable, as ``map`` does.
+
+        Input is read lazily and at most 4,096 calls ahead of the results that were consumed.
+
+        Args:
+            iterable: The first arguments.
+            more: The second arguments, and so on; the shortest ends it.
+            chunk: Calls in one message, up to 64; by default it starts small and grows.
+
+        Returns:
+            The results in order. What a call raised is raised at its place.
+        """
+        from flame.mapping import MapResults
+
+        if self._closed:
+            raise self._is_closed()
+        inputs = zip(iterable, *more, strict=False)
+        total = min((length_hint(one, 0) for one in (iterable, *more) if _sized(one)), default=None)
+        return MapResults(self._caller, inputs, chunk=chunk, total=total)
+
+    def ready(self, timeout: float | None = None) -> bool:
+        """Whether a worker answers: one round trip through this service's queue.
+
+        Args:
+            timeout: Seconds to wait; None for ever.
+        """
+        options = self._options
+        probe = Caller(self._caller.client, NOTHING, options)
+        future = probe.submit((), {})
+        if future.wait(timeout):
+            future.result(0)
+            return True
+        future.cancel()
+        return False
+
+    def close(self) -> None:
+        """Accept no more calls; those that were made go on. Safe to call twice."""
+        self._closed = True
+
+    def __enter__(self) -> RunnerService[R]:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<RunnerService {self.name}{', closed' if self._closed else ''}>"
+
+    def _is_closed(self) -> FlameError:
+        return FlameError(f"the service {self.name} is closed; runner.service() makes a new one")
+
+
+def _sized(iterable: object) -> bool:
+    return isinstance(iterable, Sized)
