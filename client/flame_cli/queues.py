@@ -1,0 +1,61 @@
+"""``flame queues``: how much waits, and where."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flame_broker.topology import DEFAULT_POOL
+from flame_cli.options import ContextName, Json
+from flame_cli.tables import Column, show_table
+
+if TYPE_CHECKING:
+    from flame.client import Client
+
+__all__ = ["queues"]
+
+_ANSWER_S = 0.5
+_COLUMNS = (
+    Column("pool"),
+    Column("kind"),
+    Column("resources", "class"),
+    Column("priority"),
+    Column("messages", right=True),
+    Column("name", "queue"),
+)
+
+
+def queues(
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(help="A pool, may be repeated; by default all that have workers."),
+    ] = None,
+    context: ContextName = None,
+    json: Json = False,
+) -> None:
+    """Show how many messages wait in the queues; one message holds up to 64 calls.
+
+    What a worker has taken is not counted. Calls wait by resource class and priority; "suspects"
+    are run alone because their worker was lost, "dead" nobody can run, "parked" needs another key
+    or version, "ledger" holds results whose client is gone, and "replies" is this command's own.
+
+    \b
+    Examples:
+      flame queues
+      flame queues --pool default --json
+    """
+    import flame
+
+    with flame.connect(context=context) as client:
+        rows = [asdict(depth) for depth in client.queues(pool or _pools(client))]
+    show_table(rows, _COLUMNS, as_json=json)
+
+
+def _pools(client: Client) -> list[str]:
+    """A broker does not list its queues, so the workers say which pools there are."""
+    if not client.reaches_workers:
+        return [DEFAULT_POOL]
+    named = {str(facts["pool"]) for facts in client.workers(_ANSWER_S) if facts.get("pool")}
+    return sorted({DEFAULT_POOL, *named})
