@@ -1,0 +1,118 @@
+"""Who gets a slot when many want one: no client, class or slow call keeps others waiting."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import repeat
+
+import pytest
+
+import flame
+from lab.cluster import LabCluster
+from lab.wait import wait_until
+
+MILLION = 1_000_000
+
+
+def work(number: int, seconds: float = 0.001) -> int:
+    time.sleep(seconds)
+    return number
+
+
+@contextmanager
+def flooded(service: flame.RunnerService[int], calls: int, seconds: float) -> Iterator[None]:
+    """Map over so many inputs in a thread of its own; stops when the block is left."""
+    over, under_way = threading.Event(), threading.Event()
+
+    def consume() -> None:
+        with service.map(range(calls), repeat(seconds)) as results:
+            for number, _ in enumerate(results):
+                if number == 200:
+                    under_way.set()
+                if over.is_set():
+                    return
+
+    thread = threading.Thread(target=consume, daemon=True)
+    thread.start()
+    try:
+        assert under_way.wait(30)
+        yield
+    finally:
+        over.set()
+        thread.join(30)
+        assert not thread.is_alive(), "the map stands still"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.005], ids=["no-op", "1 ms", "5 ms"])
+def test_a_million_calls_of_one_client_do_not_stand_before_one_of_another(
+    cluster: LabCluster, seconds: float
+) -> None:
+    cluster.worker("--slots", "2")
+    with (
+        cluster.client() as greedy,
+        cluster.client() as modest,
+        flame.Runner("greedy", client=greedy) as flood,
+        flame.Runner("modest", client=modest) as runner,
+    ):
+        single = runner.service(abs)
+        assert single(-1).get(timeout=30) == 1
+        with flooded(flood.service(work), MILLION, seconds):
+            for number in range(5):
+                began = time.monotonic()
+                assert single(-number).get(timeout=60) == number
+                assert time.monotonic() - began < 2
+
+
+def test_a_large_call_among_endless_small_ones_gets_its_turn(cluster: LabCluster) -> None:
+    cluster.worker("--slots", "2", "--cpu", "2")
+    with cluster.client() as client, flame.Runner("t", client=client) as runner:
+        with flooded(runner.service(work), MILLION, 0.02):
+            began = time.monotonic()
+            large = runner.service(work, resreq="cpu=2")
+            assert large(1).get(timeout=30) == 1
+            assert time.monotonic() - began < 15
+        small = [runner.service(work)(number) for number in range(10)]
+        assert runner.get(small, timeout=30) == list(range(10))
+
+
+def test_an_idle_worker_changes_from_class_to_class_at_once(cluster: LabCluster) -> None:
+    cluster.worker("--slots", "2", "--cpu", "2")
+    with cluster.client() as client, flame.Runner("t", client=client) as runner:
+        small, large = runner.service(work), runner.service(work, resreq="cpu=2")
+        assert small(0).get(timeout=30) == 0  # it is known to be short from here on
+        for number in range(3):
+            began = time.monotonic()
+            assert large(number).get(timeout=30) == number
+            assert small(number).get(timeout=30) == number
+            assert time.monotonic() - began < 4
+
+
+def test_a_call_of_high_priority_overtakes_those_that_wait(cluster: LabCluster) -> None:
+    cluster.worker("--slots", "1")
+    with cluster.client() as client, flame.Runner("t", client=client) as runner:
+        normal = runner.service(work)
+        futures = [normal(number, 0.02) for number in range(300)]
+        wait_until(futures[0].done, 30)
+        assert runner.service(work, priority="high")(1).get(timeout=30) == 1
+        assert sum(future.done() for future in futures) < 150
+        assert runner.get(futures, timeout=30) == list(range(300))
+
+
+def test_no_short_call_waits_behind_a_long_one_while_a_slot_is_free(cluster: LabCluster) -> None:
+    for _ in range(2):
+        cluster.worker("--slots", "2")
+    long, short, slots = 2.0, 0.001, 4
+    seconds = [long] * 8 + [short] * 800
+    random.Random(5).shuffle(seconds)
+    with cluster.client() as client, flame.Runner("t", client=client) as runner:
+        service = runner.service(work)
+        assert service(0, 0.0).get(timeout=30) == 0
+        began = time.monotonic()
+        futures = [service(number, s) for number, s in enumerate(seconds)]
+        assert runner.get(futures, timeout=60) == list(range(len(seconds)))
+        ideal = sum(seconds) / slots
+        assert time.monotonic() - began < 1.5 * ideal

@@ -1,0 +1,155 @@
+"""What ``flame doctor`` makes of facts, and ``flame ping`` of times."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flame_broker.config import load
+from flame_broker.errors import BrokerUnavailable, ConfigError, FlameError, StoreError
+from flame_broker.frames import FORMAT_VERSION
+from flame_broker.keys import Key, generate_key
+from flame_cli.advice import start_worker
+from flame_cli.checkup import check_clocks, check_key, check_pools, check_store, check_versions
+from flame_cli.findings import Finding, Verdict
+from flame_cli.ping import summary
+
+
+def facts(name: str = "w1", **others: Any) -> dict[str, Any]:
+    return {"worker": name, "python": platform.python_version(), "format": FORMAT_VERSION, **others}
+
+
+class Pool:
+    """A client whose ping ends as it is told."""
+
+    key_id = "abcd1234"
+
+    def __init__(self, outcome: float | BaseException) -> None:
+        self._outcome = outcome
+
+    def ping(self, pool: str, *, timeout_s: float) -> float:
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+
+def only(found: Any) -> Finding:
+    (finding,) = found
+    return finding
+
+
+def test_figures_keep_the_first_trip_apart() -> None:
+    series = [1.0, *(n / 1000 for n in range(1, 101))]
+    assert summary(series) == {
+        "trips": 100,
+        "first_ms": 1000.0,
+        "p50_ms": 50.5,
+        "p99_ms": 99.0,
+        "max_ms": 100.0,
+    }
+
+
+def test_a_worker_is_started_in_the_pool_that_needs_it() -> None:
+    assert start_worker("abcd1234").startswith("start one with flame-worker, with the same broker")
+    assert "flame-worker --pool gpu, with" in start_worker("abcd1234", "gpu")
+    assert "abcd1234" in start_worker("abcd1234")
+
+
+@pytest.mark.parametrize(
+    ("problem", "code"),
+    [
+        (FlameError("no"), 1),
+        (ConfigError("no"), 22),
+        (BrokerUnavailable("no"), 69),
+        (StoreError("no"), 69),
+        ("just words", 1),
+    ],
+)
+def test_a_failure_brings_its_exit_code(problem: FlameError | str, code: int) -> None:
+    assert Finding.fail("check", problem, "do something").code == code
+
+
+def test_same_versions_are_well_and_a_patch_release_does_not_matter() -> None:
+    patched = platform.python_version().rpartition(".")[0] + ".99"
+    finding = only(check_versions([facts(), facts("w2", python=patched)]))
+    assert finding.verdict is Verdict.OK
+
+
+def test_another_python_is_a_warning_that_names_the_worker() -> None:
+    finding = only(check_versions([facts(), facts("old", python="3.9.1")]))
+    assert finding.verdict is Verdict.WARN
+    assert "old runs Python 3.9.1" in finding.text
+
+
+def test_another_message_format_is_a_failure() -> None:
+    finding = only(check_versions([facts("new", format=FORMAT_VERSION + 1)]))
+    assert (finding.verdict, finding.code) == (Verdict.FAIL, 1)
+    assert "new" in finding.text
+
+
+@pytest.mark.parametrize(("skew_s", "word"), [(5.0, "ahead"), (-5.0, "behind")])
+def test_a_clock_that_is_off_is_a_warning(skew_s: float, word: str) -> None:
+    finding = only(check_clocks([facts(clock_skew_s=0.01), facts("off", clock_skew_s=skew_s)]))
+    assert finding.verdict is Verdict.WARN
+    assert finding.text == f"off is 5 s {word}"
+
+
+def test_clocks_that_agree_are_well_and_without_workers_nothing_is_said() -> None:
+    assert only(check_clocks([facts(clock_skew_s=-0.9)])).verdict is Verdict.OK
+    assert [*check_clocks([]), *check_versions([])] == []
+
+
+def test_a_pool_whose_slots_are_all_busy_is_a_warning_and_a_silent_one_a_failure() -> None:
+    full = [facts(pool="default", slots=2, busy=2)]
+    free = [facts(pool="default", slots=2, busy=1)]
+    late: Any = Pool(TimeoutError())
+    assert only(check_pools(late, full)).verdict is Verdict.WARN
+    assert only(check_pools(late, free)).verdict is Verdict.FAIL
+
+
+def test_each_pool_is_called() -> None:
+    client: Any = Pool(0.0015)
+    found = [*check_pools(client, [facts(pool="b"), facts(pool="a", slots=2), facts(pool="a")])]
+    assert [finding.verdict for finding in found] == [Verdict.OK, Verdict.OK]
+    assert found[0].text == "pool a: 2 with our key, 2 slots, 0 busy; a call took 1.5 ms"
+
+
+def test_without_workers_the_key_is_named() -> None:
+    client: Any = Pool(0.0)
+    finding = only(check_pools(client, []))
+    assert finding.verdict is Verdict.FAIL
+    assert "abcd1234" in finding.remedy
+
+
+def test_a_remote_broker_without_a_store_is_a_warning(tmp_path: Path) -> None:
+    settings = load(broker="amqp://broker.invalid/", environ={"FLAME_HOME": str(tmp_path)})
+    finding = check_store(settings)
+    assert finding.verdict is Verdict.WARN
+    assert "FLAME_STORE_URL" in finding.remedy
+
+
+def test_a_folder_as_the_store_of_a_remote_broker_is_a_warning(tmp_path: Path) -> None:
+    settings = load(
+        broker="amqp://broker.invalid/",
+        store=(tmp_path / "store").as_uri(),
+        environ={"FLAME_HOME": str(tmp_path)},
+    )
+    assert check_store(settings).verdict is Verdict.WARN
+    assert [path for path in tmp_path.rglob("doctor/*") if path.is_file()] == []
+
+
+def test_keys_show_by_their_ids_alone(tmp_path: Path) -> None:
+    signs, verifies = generate_key(), generate_key()
+    environ = {"FLAME_HOME": str(tmp_path), "FLAME_KEY": f"{signs},{verifies}"}
+    finding = check_key(load(environ=environ))
+    ids = [Key.parse(text).hex_id for text in (signs, verifies)]
+    assert finding.text == f"signs with id {ids[0]}, also verifies {ids[1]}, from FLAME_KEY"
+
+
+def test_a_key_file_shows_its_mode(tmp_path: Path) -> None:
+    finding = check_key(load(environ={"FLAME_HOME": str(tmp_path)}))
+    assert finding.verdict is Verdict.OK
+    assert finding.text.endswith(f"from {tmp_path / 'key'} of mode 600")

@@ -1,0 +1,109 @@
+"""Calls find slots: at once, behind short work, or not at all; none is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flame_broker.errors import WorkerLost
+from flame_broker.messages import Status
+from flame_broker.outcomes import decode_failure
+from flame_broker.resources import Capacity
+from flame_worker.batches import Lost
+from lab.bench import bench, frame_of
+from lab.wait import eventually
+
+
+async def test_a_frame_is_divided_among_idle_slots_and_settled_when_all_are_done(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path, slots=2) as lab:
+        await lab.submit(frame_of(range(4)))
+        await eventually(lambda: all(slot.started for slot in lab.slots), 5)
+        for slot in lab.slots:
+            slot.finish()
+        assert lab.intake.held == 1
+        for slot in lab.slots:
+            slot.finish()
+        await lab.settled(4)
+        assert sorted(result.counter for result in lab.finals) == [0, 1, 2, 3]
+
+
+async def test_calls_behind_a_slow_one_are_handed_back_alone_and_run_by_whoever_is_free(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path, slots=1) as lab:
+        await lab.submit(frame_of(range(3)))
+        await eventually(lambda: lab.slots[0].started == [0], 5)
+        queue = frame_of([0]).queue
+        await eventually(lambda: lab.intake.held == 1 and not lab.dispatcher.waits("c1"), 5)
+        async with bench(tmp_path, slots=1) as other:
+            await eventually(lambda: other.slots[0].started == [1], 5)
+            other.slots[0].finish()
+            await eventually(lambda: 2 in other.slots[0].started, 5)
+            other.slots[0].finish()
+            lab.slots[0].finish()
+            await eventually(lambda: len({r.counter for r in lab.results + other.results}) == 3, 5)
+        assert await lab.depth(queue) == 0
+
+
+async def test_a_lost_child_fails_its_running_call_and_hands_the_others_back(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path, slots=1) as lab:
+        await lab.submit(frame_of([7, 8]))
+        await eventually(lambda: lab.slots[0].started == [7], 5)
+        batch = lab.slots[0].batches[0]
+        lab.slots[0].lose(Lost(WorkerLost, "killed", (batch, 7), [], [(batch, 8)]))
+        lab.slots[0].ready = True
+        await eventually(lambda: lab.slots[0].started == [7, 8], 5)
+        lab.slots[0].finish()
+        await lab.settled(2)
+        lost = next(result for result in lab.finals if result.counter == 7)
+        assert isinstance(decode_failure(lost.payload, ""), WorkerLost)
+
+
+async def test_what_was_taken_back_does_not_make_a_slow_target_look_short(tmp_path: Path) -> None:
+    async with bench(tmp_path, slots=1) as lab:
+        await lab.submit(frame_of(range(64)))
+        await eventually(lambda: lab.slots[0].revoked, 5)
+        lab.slots[0].finish(seconds=0.3)
+        guess_s = lab.dispatcher._pace.guess_s(frame_of([0]).spec.target, 1)
+        assert guess_s
+        assert guess_s > 0.2
+
+
+async def test_short_calls_get_a_slot_when_another_class_has_taken_them_all(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path, slots=1, capacity=Capacity(1, 2**31)) as lab:
+        await lab.submit(frame_of([1]))
+        await eventually(lambda: lab.slots[0].started == [1], 5)
+        lab.slots[0].finish(seconds=0.0001)  # now the target is known to be short
+        await lab.settled(1)
+        lab.pool.grow("c1-m1")  # takes the cpu of the only slot
+        await eventually(lambda: len(lab.slots) == 2 and lab.slots[1].ready, 5)
+        await lab.submit(frame_of([2]))
+        await eventually(lambda: len(lab.slots) == 3 and lab.slots[2].started == [2], 5)
+        lab.slots[2].finish()
+        await lab.settled(2)
+
+
+async def test_nothing_is_given_ahead_while_room_is_kept_for_another_class(tmp_path: Path) -> None:
+    async with bench(tmp_path, slots=1) as lab:
+        await lab.submit(frame_of([1]))
+        await eventually(lambda: lab.slots[0].started == [1], 5)
+        lab.slots[0].finish(seconds=0.0001)
+        await lab.submit(frame_of([2]))
+        await eventually(lambda: len(lab.slots[0].batches) == 1, 5)
+        lab.pool.reserved_class = "c1-m1"
+        await lab.submit(frame_of([3]))
+        lab.dispatcher.pump()
+        await eventually(lambda: lab.dispatcher.waits("c1"), 5)
+        assert lab.slots[0].given == [1, 2]
+        lab.slots[0].finish()
+        assert lab.slots[0].started == [1, 2]
+        lab.pool.reserved_class = None
+        await eventually(lambda: lab.slots[0].started[-1] == 3, 5)
+        lab.slots[0].finish()
+        await lab.settled(3)
+        assert {result.status for result in lab.finals} == {Status.OK}

@@ -1,0 +1,88 @@
+"""The intake opens its consumers when their queues are there, and again after a failure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+from flame_broker.errors import BrokerUnavailable
+from flame_broker.keys import Keyring
+from flame_broker.transport import QueueSpec
+from flame_worker.intake import Intake
+from lab.wait import eventually
+
+KEYRING = Keyring.parse("k" * 40)
+
+
+class FaultyBroker:
+    """Declares slowly, and refuses to consume what is not declared, or when told to."""
+
+    def __init__(self) -> None:
+        self.declared: set[str] = set()
+        self.consumed: Counter[str] = Counter()
+        self.refusals = 0
+        self.violations: list[str] = []
+
+    async def declare(self, *queues: QueueSpec) -> None:
+        for queue in queues:
+            await asyncio.sleep(0)
+            self.declared.add(queue.name)
+
+    async def consume(self, queue: str, on_delivery: object, *, prefetch: int) -> object:
+        if queue not in self.declared:
+            self.violations.append(queue)
+        if self.refusals:
+            self.refusals -= 1
+            raise BrokerUnavailable("not now")
+        await asyncio.sleep(0)
+        self.consumed[queue] += prefetch
+        return object()
+
+    async def depth(self, queue: str) -> int:
+        return 0
+
+
+def make_intake(broker: FaultyBroker, *, width: int = 2) -> Intake:
+    pool = SimpleNamespace(width=lambda _: width, room=lambda _: width)
+    parts: list[Any] = [broker, KEYRING, "default", None, None, SimpleNamespace(pool=pool)]
+    return Intake(*parts)
+
+
+async def test_a_slot_that_is_ready_early_does_not_open_undeclared_queues() -> None:
+    broker = FaultyBroker()
+    intake = make_intake(broker)
+    adding = asyncio.ensure_future(intake.add_class("c1", with_suspects=True))
+    await asyncio.sleep(0)
+    intake.widen()  # a child got ready meanwhile
+    await adding
+    await eventually(lambda: len(broker.consumed) == 4, 5)
+    assert broker.violations == []
+
+
+async def test_a_consumer_that_could_not_start_is_started_by_the_next_refill() -> None:
+    broker = FaultyBroker()
+    intake = make_intake(broker)
+    await intake.add_class("c1", with_suspects=True)
+    before = broker.consumed.total()
+    intake.short("c1")
+    broker.refusals = 1
+    await eventually(lambda: not broker.refusals, 5)
+    await eventually(lambda: intake._refilling is None, 5)
+    intake.widen()
+    healthy = FaultyBroker()
+    twin = make_intake(healthy)
+    await twin.add_class("c1", with_suspects=True)
+    twin.short("c1")
+    await eventually(lambda: healthy.consumed.total() > before, 5)
+    await eventually(lambda: broker.consumed == healthy.consumed, 5)
+
+
+async def test_refills_at_the_same_time_open_no_more_than_one_does() -> None:
+    broker = FaultyBroker()
+    intake = make_intake(broker, width=1)
+    await intake.add_class("c1")
+    intake._dispatcher.pool.width = lambda _: 4  # type: ignore[method-assign,assignment]
+    await asyncio.gather(*(intake._refill_class("c1") for _ in range(3)))
+    assert set(broker.consumed.values()) == {4}

@@ -1,0 +1,52 @@
+"""Results find their way, or the ledger; output leaves in frames that its reader takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flame_broker.frames import open_frame
+from flame_broker.messages import Event, EventFrame, EventKind, ResultFrame
+from flame_broker.topology import ledger_queue, logs_exchange, logs_queue
+from flame_broker.transport import Delivery
+from lab.bench import KEYRING, bench, frame_of
+from lab.wait import eventually
+
+KEY = KEYRING.signer
+
+
+async def test_results_of_a_client_that_is_gone_go_to_the_ledger_and_settle(tmp_path: Path) -> None:
+    async with bench(tmp_path) as lab:
+        for reply in ("flame.v1.nobody", "x" * 300):
+            await lab.submit(frame_of([1], reply=reply))
+        for _ in range(2):
+            await eventually(lambda: lab.slots[0].batches, 5)
+            lab.slots[0].finish()
+        await eventually(lambda: not lab.intake.held, 5)
+        ledger: list[Delivery] = []
+        await lab.broker.consume(ledger_queue(KEY.hex_id).name, ledger.append, prefetch=0)
+        await eventually(lambda: len(ledger) == 2, 5)
+        for delivery in ledger:
+            record = open_frame(delivery.body, KEYRING, queue=delivery.queue).frame
+            assert isinstance(record, ResultFrame)
+            assert [result.counter for result in record.results] == [1]
+
+
+async def test_a_flood_of_output_leaves_in_frames_that_are_not_refused(tmp_path: Path) -> None:
+    async with bench(tmp_path) as lab:
+        await lab.broker.declare_exchange(logs_exchange(KEY.hex_id), "topic")
+        queue = logs_queue(KEY.hex_id, "c0")
+        await lab.broker.declare(queue)
+        found: list[Delivery] = []
+        await lab.broker.consume(queue.name, found.append, prefetch=0)
+        for _ in range(100):
+            lab.outbox.event(KEY, "c0", "f", Event(1, EventKind.STDOUT, "x" * 64 * 1024))
+        lines: list[Event] = []
+
+        def all_read() -> bool:
+            while found:
+                frame = open_frame(found.pop().body, KEYRING).frame
+                assert isinstance(frame, EventFrame)
+                lines.extend(frame.events)
+            return len(lines) == 100
+
+        await eventually(all_read, 5)
