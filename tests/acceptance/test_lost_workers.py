@@ -45,13 +45,16 @@ def kill_worker(number: int, killer: int) -> int:
     return number
 
 
-def test_a_killed_child_fails_its_call_alone_and_the_slot_comes_back(cluster: LabCluster) -> None:
+def test_a_killed_child_fails_its_call_alone_and_the_slot_comes_back(
+    cluster: LabCluster, tmp_path: Path
+) -> None:
     cluster.worker("--slots", "1")
     with cluster.client() as client, flame.Runner("t", client=client) as runner:
         pid = runner.service(child_pid)().get(timeout=30)
-        stuck = runner.service(work)(1, 60)
+        stuck = runner.service(note)(str(tmp_path), 1, 60)
         neighbours = [runner.service(work)(i) for i in range(20)]
-        wait_until(lambda: _is_busy(pid), 10, "the call to start")
+        # Not sooner: a call that has not started is run again, as it should be.
+        wait_until((tmp_path / "1").exists, 30, "the call to start")
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerLost, match="SIGKILL"):
             stuck.get(timeout=30)
@@ -142,11 +145,6 @@ def test_a_worker_stopped_for_ten_seconds_goes_on_and_nothing_is_lost(
 
 def _gone_or_done(worker: LabWorker, futures: list[flame.ObjectFuture]) -> bool:
     return not worker.running or all(future.done() for future in futures)
-
-
-def _is_busy(pid: int) -> bool:
-    wchan = Path(f"/proc/{pid}/wchan").read_text()
-    return "nanosleep" in wchan or wchan == "0"
 
 
 def test_a_call_that_outlives_the_drain_of_its_worker_runs_elsewhere(
