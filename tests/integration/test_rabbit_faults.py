@@ -10,6 +10,9 @@ import pytest
 
 from flame_broker.errors import BrokerUnavailable
 from flame_broker.rabbit import RabbitTransport
+from flame_broker.rabbit.address import RabbitAddress
+from flame_broker.rabbit.connection import Connection
+from flame_broker.rabbit.link import Link
 from flame_broker.transport import Delivery, QueueKind, QueueSpec
 from lab import RabbitNode, TcpProxy
 from lab.inbox import Inbox, numbered
@@ -113,6 +116,25 @@ class TestLosses:
         await inbox.until(1)
         assert not silent.deliveries
         assert await transport.depth(QUEUE) == 1
+
+    async def test_a_broker_that_leaves_a_request_unanswered_is_connected_to_anew(
+        self, rabbit_vhost: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("flame_broker.rabbit.link._RESTORE_S", 0.2)
+        restored: list[Connection] = []
+
+        async def restore(connection: Connection) -> None:
+            restored.append(connection)
+            if len(restored) == 1:
+                await asyncio.get_running_loop().create_future()
+
+        address = RabbitAddress.parse(rabbit_vhost)
+        link = Link(address, "x", restore=restore, on_up=lambda: None, on_down=lambda: None)
+        await link.open(10)
+        assert len(restored) == 2
+        assert restored[0].lost.done()
+        assert not restored[1].lost.done()
+        await link.close()
 
     async def test_while_it_is_down_calls_wait_up_to_their_deadline(
         self,

@@ -113,7 +113,7 @@ class Connection:
         done, _ = await asyncio.wait({self.lost}, timeout=_CLOSE_TIMEOUT_S)
         if not done:
             self._services.hang_up()
-            await self.lost
+            await asyncio.wait({self.lost}, timeout=_CLOSE_TIMEOUT_S)
 
     def _on_opened(self, _connection: object) -> None:
         if not self._opened.done():

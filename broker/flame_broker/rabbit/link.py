@@ -18,6 +18,10 @@ from flame_broker.rabbit.connection import ConnectFailed, Connection, parameters
 __all__ = ["Link"]
 
 _STEADY_S: Final = 10.0  # a connection that was up this long was no failed attempt
+# Pika bounds the phases of a handshake, and heartbeats a silent connection. A broker that starts up
+# may do neither: answer heartbeats, and never the one request that everything waits for.
+_CONNECT_S: Final = 20.0
+_RESTORE_S: Final = 60.0
 
 _log = get_logger("flame.broker")
 
@@ -75,6 +79,7 @@ class Link:
         loop = asyncio.get_running_loop()
         self._first = loop.create_future()
         self._keeper = loop.create_task(self._keep(parameters), name=self._name)
+        self._keeper.add_done_callback(self._report_end)
         ends = {self._first, self._keeper}
         await asyncio.wait(ends, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
         if self._keeper.done():
@@ -112,7 +117,7 @@ class Link:
             failures: dict[str, ConnectFailed] = {}
             for host in parameters:
                 try:
-                    return await Connection.open(host)
+                    return await _open(host)
                 except ConnectFailed as exc:
                     failures[f"{host.host}:{host.port}"] = self._failure = exc
             self.trouble = "; ".join(f"{host}: {exc}" for host, exc in failures.items())
@@ -126,10 +131,13 @@ class Link:
         disturbed = self._disturbed = loop.create_future()
         since = loop.time()
         try:
-            await self._restore(connection)
+            async with asyncio.timeout(_RESTORE_S):
+                await self._restore(connection)
         except (ChannelGone, ChannelRefused) as exc:
-            self.trouble = str(exc)
-            _log.warning("broker_restore_failed", link=self._name, reason=self.trouble)
+            self._restore_failed(str(exc))
+        except TimeoutError:
+            self._restore_failed(f"the broker left a request unanswered for {_RESTORE_S:g} s")
+            await connection.close()
         else:
             self._go_up()
             ends = {connection.lost, disturbed}
@@ -138,6 +146,18 @@ class Link:
         if loop.time() - since > _STEADY_S:
             self._backoff.reset()
         await asyncio.sleep(self._backoff.next_s())
+
+    def _report_end(self, keeper: asyncio.Task[None]) -> None:
+        """Say it aloud if a fault of ours ends the keeping: everything else would only wait."""
+        if not keeper.cancelled() and (fault := keeper.exception()) is not None:
+            self.trouble = f"nobody keeps it any more: {fault!r}"
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"the link {self._name!r} is kept no more", "exception": fault}
+            )
+
+    def _restore_failed(self, trouble: str) -> None:
+        self.trouble = trouble
+        _log.warning("broker_restore_failed", link=self._name, reason=trouble)
 
     def _go_up(self) -> None:
         self.up.set()
@@ -153,3 +173,11 @@ class Link:
     def _settle_first(self) -> None:
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
+
+
+async def _open(host: pika.ConnectionParameters) -> Connection:
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            return await Connection.open(host)
+    except TimeoutError as exc:
+        raise ConnectFailed(f"the handshake was not over after {_CONNECT_S:g} s") from exc
