@@ -109,13 +109,14 @@ class RabbitNode:
             self._server.kill()
 
     def settle(self) -> None:
-        """Write the node's registry of queues to disk.
+        """Write the node's registries of queues to disk.
 
-        Seen on 3.10.8: a quorum queue declared less than half a second before a SIGKILL comes
-        back empty, confirmed messages or not, because the node registers it with a delay. Call
-        this before ``kill`` when a test has just declared its queues.
+        Seen on 3.10.8, confirmed messages or not: a quorum queue declared less than half a second
+        before a SIGKILL comes back empty, and a classic one declared less than two seconds before
+        may not come back at all, because the node writes both registries with a delay. Call this
+        before ``kill`` when a test has just declared its queues.
         """
-        self.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
+        self.ctl("eval", "mnesia:sync_log(), [dets:sync(Table) || Table <- dets:all()].")
 
     def restart(self) -> None:
         """Stop in order and start again."""

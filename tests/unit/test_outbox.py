@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from flame_broker.frames import open_frame
 from flame_broker.messages import Event, EventFrame, EventKind, ResultFrame
-from flame_broker.topology import ledger_queue, logs_exchange, logs_queue
+from flame_broker.topology import ledger_queue, logs_exchange, logs_queue, reply_queue
 from flame_broker.transport import Delivery
+from flame_worker import outbox
 from lab.bench import KEYRING, bench, frame_of
 from lab.wait import eventually
 
@@ -29,6 +33,30 @@ async def test_results_of_a_client_that_is_gone_go_to_the_ledger_and_settle(tmp_
             record = open_frame(delivery.body, KEYRING, queue=delivery.queue).frame
             assert isinstance(record, ResultFrame)
             assert [result.counter for result in record.results] == [1]
+
+
+async def test_after_a_reconnect_results_wait_for_a_client_that_is_slower_to_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "_REPLY_AGAIN_S", 0.01)
+    reply = reply_queue(KEY.hex_id, "slow", 0)
+    async with bench(tmp_path) as lab:
+        lab.outbox.reconnected()
+        returned: list[str] = []
+        publish = lab.transport.publish
+
+        def count(queue: str, *args: Any, **options: Any) -> Any:
+            returned.append(queue)
+            return publish(queue, *args, **options)
+
+        monkeypatch.setattr(lab.transport, "publish", count)
+        await lab.submit(frame_of([1], reply=reply.name))
+        await eventually(lambda: lab.slots[0].batches, 5)
+        lab.slots[0].finish()
+        await eventually(lambda: returned.count(reply.name) > 3, 5)
+        await lab.broker.declare(reply)
+        await eventually(lambda: not lab.intake.held, 5)
+        assert await lab.depth(reply.name) == 1
 
 
 async def test_a_flood_of_output_leaves_in_frames_that_are_not_refused(tmp_path: Path) -> None:

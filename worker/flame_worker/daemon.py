@@ -107,6 +107,7 @@ class Worker:
         store = open_store(settings.store_url) if settings.store_url else None
         self._spool_folder = SpoolFolder(settings.home / "spool", settings.name)
         self._outbox = Outbox(self._transport, settings.name)
+        self._transport.on_reconnect = self._outbox.reconnected
         self._spool = Spool(store, cache, self._outbox)
         self._dispatcher = Dispatcher(self._outbox, self._spool)
         self._pool = self._dispatcher.pool = SlotPool(self._capacity, self._gpus, self._make_slot)

@@ -39,6 +39,7 @@ _PATIENCE_S: Final = float("inf")
 _TRY_AGAIN_S: Final = 1.0
 
 _REPLY_AGAIN_S: Final = 1.0
+_REPLY_PATIENCE_S: Final = 60.0
 _EVENTS_DELAY_S: Final = 0.05
 _EVENTS_SIZE: Final = 256 * 1024
 """Characters of telemetry that are not held back: a frame of all of them is far below its limit."""
@@ -72,6 +73,15 @@ class Outbox:
         self._in_flight: set[asyncio.Future[None]] = set()
         self._making: set[asyncio.Future[None]] = set()
         self._flush_due = False
+        self._patient_until = 0.0
+
+    def reconnected(self) -> None:
+        """Be patient with clients from now on: a broker that crashed may have lost their queues.
+
+        RabbitMQ 3.10 writes the declaration of a classic queue to disk up to two seconds late, and
+        a worker may be back before the clients, which then declare their queues anew.
+        """
+        self._patient_until = asyncio.get_running_loop().time() + _REPLY_PATIENCE_S
 
     def results(self, holding: Holding, results: Iterable[Result], *, seconds: float = 0.0) -> None:
         """Queue results; they leave in this turn of the loop, packed with their neighbours.
@@ -197,14 +207,29 @@ class Outbox:
             parcel.seconds,
         )
         settle = partial(_settle, parcel.finished)
-        body = encode(record, key)
-        lost = partial(self._to_ledger, record, key, settle)
-        again = partial(self.publish, frame.reply, body, settle, otherwise=lost)
-        self.publish(frame.reply, body, settle, otherwise=partial(self._later, again))
+        self._reply(record, encode(record, key), key, settle, first=True)
 
-    def _later(self, again: Callable[[], None]) -> None:
+    def _reply(
+        self,
+        record: ResultFrame,
+        body: bytes,
+        key: Key,
+        settle: Callable[[], None],
+        *,
+        first: bool = False,
+    ) -> None:
+        again = partial(self._reply, record, body, key, settle)
+        lost = partial(self._to_ledger, record, key, settle)
+        otherwise = partial(self._later, again, lost, first=first)
+        self.publish(record.queue, body, settle, otherwise=otherwise)
+
+    def _later(self, again: Callable[[], None], lost: Callable[[], None], *, first: bool) -> None:
         """Try a second time: a client whose queue was deleted under it is making it anew."""
-        asyncio.get_running_loop().call_later(_REPLY_AGAIN_S, again)
+        loop = asyncio.get_running_loop()
+        if first or loop.time() < self._patient_until:
+            loop.call_later(_REPLY_AGAIN_S, again)
+        else:
+            lost()
 
     def _to_ledger(self, record: ResultFrame, key: Key, settle: Callable[[], None]) -> None:
         """The reply queue is gone: the client died, or slept past its expiry (rule 9)."""
