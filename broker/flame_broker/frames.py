@@ -19,7 +19,13 @@ from typing import Any, Final, NamedTuple, cast
 
 import msgpack
 
-from flame_broker.errors import MalformedMessage, SignatureError, UnknownKey, VersionMismatch
+from flame_broker.errors import (
+    MalformedMessage,
+    PayloadTooLarge,
+    SignatureError,
+    UnknownKey,
+    VersionMismatch,
+)
 from flame_broker.keys import KEY_ID_BYTES, Key, Keyring
 from flame_broker.messages import (
     Call,
@@ -74,8 +80,17 @@ class Opened(NamedTuple):
 
 
 def encode(frame: Frame, key: Key) -> bytes:
-    """Turn a record into signed bytes."""
+    """Turn a record into signed bytes.
+
+    Raises:
+        PayloadTooLarge: Nobody would take it; its values belong into the object store.
+    """
     payload = cast(bytes, _pack(_ENCODERS[type(frame)](frame)))
+    if len(payload) > MAX_FRAME_BYTES - _BODY_AT:
+        raise PayloadTooLarge(
+            f"a message of {len(payload)} bytes; the limit is {MAX_FRAME_BYTES}: pass fewer object "
+            "references or smaller values in one call, or put them into one object"
+        )
     prefix = _MAGIC + bytes((FORMAT_VERSION,)) + key.id
     return prefix + sign(key, prefix, payload) + payload
 

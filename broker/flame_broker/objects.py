@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from flame_broker.errors import MalformedMessage
 
-__all__ = ["MAX_KEY_BYTES", "ObjectRef", "is_key", "is_sha256"]
+__all__ = ["MAX_KEY_BYTES", "REF_BYTES", "ObjectRef", "is_key", "is_sha256"]
+
+REF_BYTES = 160
+"""About what a reference of ours takes in a message."""
 
 MAX_KEY_BYTES = 1024
 """The longest key in bytes of UTF-8; the limit of S3 (its user guide, "Naming objects")."""

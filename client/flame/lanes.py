@@ -17,6 +17,7 @@ from flame_broker.messages import (
     CallSpec,
     Result,
 )
+from flame_broker.objects import REF_BYTES
 from flame_broker.transport import QueueSpec
 
 __all__ = ["Lane", "Pending", "Record"]
@@ -124,8 +125,8 @@ class Lane:
         outbox, timed = self.outbox, self.queue_timeout_s
         nbytes, expires_at, most = 0, 0.0, min(room, self.frame_calls)
         while outbox and len(calls) < most:
-            counter, payload, _ = call = outbox[0]
-            nbytes += len(payload)
+            counter, payload, refs = call = outbox[0]
+            nbytes += len(payload) + len(refs) * REF_BYTES
             if calls and nbytes > FRAME_BYTES:
                 break
             if timed:

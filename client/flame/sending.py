@@ -14,7 +14,13 @@ from time import time
 from typing import Final
 
 from flame.lanes import Lane, Pending, Record
-from flame_broker.errors import CallExpired, ConfigError, FlameError, StoreError
+from flame_broker.errors import (
+    CallExpired,
+    ConfigError,
+    FlameError,
+    PayloadTooLarge,
+    StoreError,
+)
 from flame_broker.frames import encode
 from flame_broker.keys import Key
 from flame_broker.logs import get_logger
@@ -179,7 +185,12 @@ class Sender:
             calls=tuple(calls),
             expires_at=expires_at,
         )
-        self._publish(lane, calls, encode(frame, self._key), again=True)
+        try:
+            body = encode(frame, self._key)
+        except PayloadTooLarge as exc:  # one call with thousands of references
+            self._fail(calls, exc)
+        else:
+            self._publish(lane, calls, body, again=True)
 
     def _publish(self, lane: Lane, calls: list[Call], body: bytes, *, again: bool) -> None:
         confirmed = self._transport.publish(lane.queue.name, body, deadline_s=DEFAULT_DEADLINE_S)

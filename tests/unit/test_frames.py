@@ -11,6 +11,7 @@ from flame_broker import frames
 from flame_broker.errors import (
     FlameError,
     MalformedMessage,
+    PayloadTooLarge,
     SignatureError,
     UnknownKey,
     VersionMismatch,
@@ -220,3 +221,11 @@ def test_a_frame_of_more_calls_than_a_slot_takes_is_malformed() -> None:
     body = frames.encode(CallFrame("q", "r", "c", SAMPLE.spec, calls), KEY)
     with pytest.raises(MalformedMessage):
         frames.decode(body, KEYS)
+
+
+def test_a_frame_that_every_reader_would_refuse_is_not_written() -> None:
+    ref = ObjectRef("objects/" + "0" * 64, 1, "0" * 64)
+    call = Call(1, b"", (ref,) * 40_000)
+    frame = CallFrame("q", "r", "c", CallSpec(Target("m:f")), (call,))
+    with pytest.raises(PayloadTooLarge, match="fewer object references"):
+        frames.encode(frame, KEYS.signer)

@@ -100,3 +100,16 @@ def test_an_exception_that_cannot_be_described_still_has_a_name_and_a_traceback(
     assert isinstance(remote, RemoteError)
     assert "Undescribable" in remote.type_name
     assert "raise Undescribable" in str(remote)
+
+
+@pytest.mark.parametrize("letter", ["x", "ü", "\udcff", "🔥"])
+def test_what_an_exception_or_failure_says_is_clipped_in_bytes(letter: str) -> None:
+    text = letter * 200_000
+    for payload in (
+        outcomes.encode_failure(WorkerLost, text),
+        outcomes.encode_error(_raised(ValueError(text))),
+    ):
+        assert len(payload) < 128 * 1024
+    assert "bytes left out" in str(outcomes.decode_failure(
+        outcomes.encode_failure(WorkerLost, text), "c-1"
+    ))  # fmt: skip

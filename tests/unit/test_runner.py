@@ -7,13 +7,20 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 import flame
-from flame_broker.errors import CallExpired, ConfigError, FlameError, ResourceError
+from flame_broker.errors import (
+    CallExpired,
+    ConfigError,
+    FlameError,
+    PayloadTooLarge,
+    ResourceError,
+)
 from flame_broker.frames import decode
 from flame_broker.messages import ControlFrame
 from flame_broker.topology import classes_queue
@@ -200,6 +207,16 @@ def test_a_deleted_queue_is_declared_again(runner: flame.Runner, worker: FakeWor
     future = service(2)
     wait_until(lambda: worker.run(worker.transport.depth(queue)) == 1)
     assert not future.done()
+
+
+def test_a_call_with_more_references_than_a_message_holds_fails_and_the_next_one_works(
+    runner: flame.Runner,
+) -> None:
+    service = runner.service(len)
+    ref = runner.put_object("x")
+    with pytest.raises(PayloadTooLarge, match="fewer object references"):
+        service([replace(ref, version=n) for n in range(40_000)]).get(10)
+    assert service([1, 2]).get(10) == 2
 
 
 def test_the_default_client_is_the_one_connected_last(worker: FakeWorker) -> None:
