@@ -39,6 +39,7 @@ from flame_broker.messages import (
     Result,
     ResultFrame,
     Status,
+    Suspicion,
     Target,
 )
 from flame_broker.objects import ObjectRef, is_sha256
@@ -68,6 +69,7 @@ _CALLS, _RESULTS, _EVENTS, _CONTROL = range(4)
 _MAX_CALLS: Final = 2048  # far above what a client sends; a slot takes several such frames
 _MAX_SECONDS: Final = 1e9  # the timers of an operating system end somewhere
 _STATUSES: Final = {int(status): status for status in Status}
+_SUSPICIONS: Final = {int(suspicion): suspicion for suspicion in Suspicion}
 
 _pack = msgpack.Packer(use_bin_type=True, unicode_errors="surrogatepass").pack
 
@@ -193,6 +195,7 @@ def _encode_calls(frame: CallFrame) -> tuple[object, ...]:
         frame.client,
         frame.attempt,
         frame.strikes,
+        int(frame.suspicion),
         frame.handed,
         frame.expires_at,
         (target.name, target.sha256, target.size, target.python),
@@ -211,6 +214,7 @@ def _decode_calls(  # noqa: PLR0913, PLR0917  # one parameter a field on the wir
     client: str,
     attempt: int,
     strikes: int,
+    suspicion: int,
     handed: int,
     expires_at: float,
     target: tuple[Any, ...],
@@ -227,6 +231,7 @@ def _decode_calls(  # noqa: PLR0913, PLR0917  # one parameter a field on the wir
         calls=tuple([_call(*item) for item in items]),
         attempt=_check(attempt, int),
         strikes=_check(strikes, int),
+        suspicion=_SUSPICIONS[suspicion],
         handed=_check(handed, int),
         expires_at=_check(expires_at, (int, float)),
     )

@@ -35,6 +35,7 @@ __all__ = [
     "Result",
     "ResultFrame",
     "Status",
+    "Suspicion",
     "Target",
     "call_id",
     "parse_call_id",
@@ -53,7 +54,7 @@ INLINE_BYTES = 64 * 1024
 """A value over this size goes to the object store, and the frame carries its reference."""
 
 MAX_STRIKES = 3
-"""A suspect call that loses its worker this often is quarantined (PROTOCOL.md, rule 4)."""
+"""So many lost workers while a call runs alone quarantine it (PROTOCOL.md, rule 4)."""
 
 Plain = None | bool | int | float | str | bytes | tuple["Plain", ...] | Mapping[str, "Plain"]
 
@@ -64,6 +65,22 @@ class Priority(StrEnum):
     HIGH = "high"
     NORMAL = "normal"
     LOW = "low"
+
+
+class Suspicion(IntEnum):
+    """What is known of a call in the suspects queue (PROTOCOL.md, rule 4).
+
+    A redelivery says that a worker was lost, not who was to blame. So it counts against a call only
+    if that call is known to have run with nothing else on its worker (promise P5).
+
+    ``SHARED``: it may run beside others; most suspects only had a bad neighbour. ``APART``: lost
+    again, so from now on it runs by itself, once some worker has nothing else to do. ``ALONE``:
+    that worker is empty and is about to start it; a redelivery now is a strike.
+    """
+
+    SHARED = 0
+    APART = 1
+    ALONE = 2
 
 
 class Status(IntEnum):
@@ -152,7 +169,8 @@ class CallFrame:
         spec: What all the calls share.
         calls: One or more.
         attempt: 1 for the first try, one more for each retry.
-        strikes: How often the call lost its worker while it was a suspect.
+        strikes: How often the call lost its worker while it ran alone.
+        suspicion: See ``Suspicion``.
         handed: How often it was handed back, so that a copy never equals its original.
         expires_at: When a call that has not started is too late, in seconds since 1970; 0: never.
     """
@@ -164,6 +182,7 @@ class CallFrame:
     calls: tuple[Call, ...]
     attempt: int = 1
     strikes: int = 0
+    suspicion: Suspicion = Suspicion.SHARED
     handed: int = 0
     expires_at: float = 0.0
 

@@ -45,8 +45,8 @@ class FaultyBroker:
 
 
 def make_intake(broker: FaultyBroker, *, width: int = 2) -> Intake:
-    pool = SimpleNamespace(width=lambda _: width, room=lambda _: width)
-    parts: list[Any] = [broker, KEYRING, "default", None, None, SimpleNamespace(pool=pool)]
+    dispatcher = SimpleNamespace(pool=SimpleNamespace(width=lambda _: width), room=lambda _: width)
+    parts: list[Any] = [broker, KEYRING, "default", None, None, dispatcher]
     return Intake(*parts)
 
 

@@ -5,6 +5,8 @@ Three rules make a slow call harmless to its neighbours (PROTOCOL.md, rules 2 an
 - A slot that falls idle takes over calls that wait behind a running call in another slot.
 - A call that has waited 50 ms for a slot is handed back to its queue, alone in a frame.
 - Frames are held ahead of free slots only while calls are known to be short.
+
+And one makes a killer harmless (rule 4): a call under suspicion runs with nothing beside it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from typing import Final, Protocol
 
 from flame_broker.errors import CallCancelled
 from flame_broker.logs import get_logger
-from flame_broker.messages import Call, Event, EventKind, Result, Status
+from flame_broker.messages import Call, Event, EventKind, Result, Status, Suspicion
 from flame_broker.outcomes import encode_failure
+from flame_worker.apart import ARMED_S, Apart
 from flame_worker.holding import Holding
 from flame_worker.outbox import Outbox
 from flame_worker.pace import Pace
@@ -91,6 +94,7 @@ class Dispatcher:
 
     def __init__(self, outbox: Outbox, spool: Spool) -> None:
         self._pace = Pace()
+        self._apart = Apart()
         self._outbox = outbox
         self._spool = spool
         self._lines: dict[str, tuple[deque[Holding], ...]] = {}
@@ -102,6 +106,9 @@ class Dispatcher:
 
     def take(self, holding: Holding) -> None:
         """Run a holding's calls as slots allow."""
+        if holding.frame.suspicion and not self._apart.take(holding, in_use=self._in_use()):
+            self._outbox.hand_back(holding, holding.take_waiting())
+            return
         holding.since = _now()
         self._line_of(holding).append(holding)
         self.pump()
@@ -156,6 +163,10 @@ class Dispatcher:
     def waits(self, class_name: str) -> bool:
         """Whether calls of a class wait for a slot."""
         return any(self._lines.get(class_name, ()))
+
+    def room(self, class_name: str) -> int:
+        """How many calls of a class could start now."""
+        return 0 if self._apart.closed else self.pool.room(class_name)
 
     # ── SlotOwner ────────────────────────────────────────────────────────────
 
@@ -222,6 +233,7 @@ class Dispatcher:
 
     def _fill(self) -> None:
         """A slot can take a call: give it one, take over one, or ask for more."""
+        self._apart.settled(in_use=self._in_use())
         self.pump()
         if not any(self._waiting()):
             self._rebalance_soon()
@@ -229,6 +241,11 @@ class Dispatcher:
 
     def _place(self, class_name: str, holding: Holding) -> bool:
         """Give a holding's waiting calls to slots. False if some still wait."""
+        if self._apart.closed and not self._apart.admits(holding, in_use=self._in_use()):
+            return False
+        if holding.frame.suspicion is Suspicion.APART:
+            self._announce(holding)
+            return True
         idle = self.pool.idle(class_name)
         work_s = self._pace.guess_s(holding.frame.spec.target, len(holding.waiting))
         if not idle:
@@ -240,6 +257,12 @@ class Dispatcher:
             share = -(-len(calls) // (len(idle) - number))
             self._give(slot, holding, [calls.popleft() for _ in range(share)])
         return not calls
+
+    def _announce(self, holding: Holding) -> None:
+        """The worker is empty: say so in the call's own frame before it starts."""
+        self._outbox.hand_back(holding, holding.take_waiting(), suspicion=Suspicion.ALONE)
+        self._apart.announced()
+        asyncio.get_running_loop().call_later(ARMED_S, self._fill)
 
     def _place_ahead(self, class_name: str, holding: Holding, work_s: float | None) -> bool:
         short = not holding.suspect and work_s is not None and work_s <= SHORT_S
@@ -287,7 +310,10 @@ class Dispatcher:
             self._watching = loop.call_later(BUDGET_S / 2, self._enforce_budget)
 
     def _busy(self) -> bool:
-        return any(s.batches for s in self.pool.slots()) or any(self._waiting())
+        return self._in_use() or any(self._waiting())
+
+    def _in_use(self) -> bool:
+        return any(slot.batches for slot in self.pool.slots())
 
     def _enforce_budget(self) -> None:
         self._watching = None
@@ -320,6 +346,7 @@ class Dispatcher:
 
     def _hand_back(self, holding: Holding) -> None:
         self._line_of(holding).remove(holding)
+        self._apart.left(holding)
         self._outbox.hand_back(holding, holding.take_waiting())
 
     def _drop_waiting(self, holding: Holding, counters: frozenset[int]) -> None:
@@ -330,6 +357,7 @@ class Dispatcher:
             holding.waiting.remove(call)
         if not holding.waiting:
             self._line_of(holding).remove(holding)
+            self._apart.left(holding)
         self._outbox.failure(holding, dropped, CallCancelled, "cancelled before it started")
 
     def _rebalance_soon(self) -> None:

@@ -24,7 +24,7 @@ from flame_broker.errors import (
 from flame_broker.frames import MAX_FRAME_BYTES, encode, identity, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
-from flame_broker.messages import MAX_STRIKES, CallFrame, Priority
+from flame_broker.messages import MAX_STRIKES, CallFrame, Priority, Suspicion
 from flame_broker.topology import calls_queue, dead_queue, parked_queue, suspects_queue
 from flame_broker.transport import Consumer, Delivery, QueueSpec, Transport
 from flame_worker.dispatch import Dispatcher
@@ -218,7 +218,7 @@ class Intake:
         if class_name in self._full and not await self._sip(class_name):
             return
         slots = self._dispatcher.pool.width(class_name)
-        if not slots and not self._dispatcher.pool.room(class_name):
+        if not slots and not self._dispatcher.room(class_name):
             self._full.add(class_name)
             return
         ahead = AHEAD if class_name in self._short else 0
@@ -232,7 +232,7 @@ class Intake:
         True if the queues turned out to be empty: then there is room for all that may come.
         """
         for tap in self._taps[class_name]:
-            room = self._dispatcher.pool.room(class_name)
+            room = self._dispatcher.room(class_name)
             if not room or not self._open:
                 return False
             if tap.suspects:
@@ -291,7 +291,7 @@ class Intake:
             self._accept(tap, delivery, frame, key, ack)
 
     def _is_full(self, class_name: str) -> bool:
-        return class_name in self._full and not self._dispatcher.pool.room(class_name)
+        return class_name in self._full and not self._dispatcher.room(class_name)
 
     def _open_calls(self, tap: _Tap, delivery: Delivery) -> tuple[CallFrame, Key]:
         frame, key = open_frame(delivery.body, self._keyring, queue=delivery.queue)
@@ -339,11 +339,11 @@ class Intake:
         self._outbox.hand_back(holding, holding.take_waiting(), queue=queue)
 
     def _strike(self, tap: _Tap, holding: Holding) -> None:
-        """It was alone, and its worker is gone: that counts against the call."""
-        strikes = holding.frame.strikes + 1
+        """Lost again: from now on it runs apart, and that counts against it if it was alone."""
+        strikes = holding.frame.strikes + (holding.frame.suspicion is Suspicion.ALONE)
         calls = holding.take_waiting()
         if strikes < MAX_STRIKES:
-            self._outbox.hand_back(holding, calls, strikes=strikes)
+            self._outbox.hand_back(holding, calls, strikes=strikes, suspicion=Suspicion.APART)
             return
         self.counts["quarantined"] += 1
         story = (

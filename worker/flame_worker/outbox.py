@@ -22,6 +22,7 @@ from flame_broker.messages import (
     Result,
     ResultFrame,
     Status,
+    Suspicion,
     Target,
 )
 from flame_broker.outcomes import encode_failure
@@ -123,15 +124,24 @@ class Outbox:
         self.results(holding, [Result(c.counter, Status.FAILED, payload) for c in calls])
 
     def hand_back(
-        self, holding: Holding, calls: Iterable[Call], *, queue: str = "", strikes: int = 0
+        self,
+        holding: Holding,
+        calls: Iterable[Call],
+        *,
+        queue: str = "",
+        strikes: int = 0,
+        suspicion: Suspicion | None = None,
     ) -> None:
         """Publish calls one a frame (to their own queue, unless told), then settle them."""
+        if suspicion is None:  # who hands it back does not start it
+            suspicion = min(holding.frame.suspicion, Suspicion.APART)
         for call in calls:
             frame = replace(
                 holding.frame,
                 queue=queue or holding.frame.queue,
                 calls=(call,),
                 strikes=strikes or holding.frame.strikes,
+                suspicion=suspicion,
                 handed=holding.frame.handed + 1,
             )
             body = encode(frame, holding.key)
