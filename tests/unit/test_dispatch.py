@@ -107,3 +107,23 @@ async def test_nothing_is_given_ahead_while_room_is_kept_for_another_class(tmp_p
         lab.slots[0].finish()
         await lab.settled(3)
         assert {result.status for result in lab.finals} == {Status.OK}
+
+
+async def test_the_next_call_is_here_before_a_steady_one_is_expected_to_end(tmp_path: Path) -> None:
+    async with bench(tmp_path, slots=1) as lab:
+        slot = lab.slots[0]
+        for number in range(8):
+            await lab.submit(frame_of([number]))
+            await eventually(lambda n=number: slot.started[-1:] == [n], 5)  # type: ignore[misc]
+            slot.finish(seconds=0.1)
+        await lab.settled(8)
+        lab.intake.full("c1")
+        await lab.submit(frame_of([8]))
+        await eventually(lambda: slot.started[-1] == 8, 5)
+        await lab.submit(frame_of([9]))
+        await eventually(lambda: lab.intake.counts["frames"] >= 10, 5)
+        assert slot.started[-1] == 8
+        slot.finish(seconds=0.1)
+        await eventually(lambda: slot.started[-1] == 9, 5)
+        slot.finish(seconds=0.1)
+        await lab.settled(10)

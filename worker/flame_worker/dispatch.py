@@ -4,7 +4,8 @@ Three rules make a slow call harmless to its neighbours (PROTOCOL.md, rules 2 an
 
 - A slot that falls idle takes over calls that wait behind a running call in another slot.
 - A call that has waited 50 ms for a slot is handed back to its queue, alone in a frame.
-- Frames are held ahead of free slots only while calls are known to be short.
+- Frames are held ahead of free slots only while calls are known to be short; otherwise the next one
+  is asked for when a call is about to end, by the pace of its target, so that no slot waits for it.
 
 And one makes a killer harmless (rule 4): a call under suspicion runs with nothing beside it.
 """
@@ -46,6 +47,10 @@ SHORT_S: Final = 0.01
 UNDIVIDED_S: Final = 0.002
 """A frame of less work than this goes to one slot whole: dividing it costs more than it wins."""
 
+LEAD_S: Final = 0.02
+"""So long before a call is expected to end, its successor is asked for: the broker needs a few
+milliseconds, and what comes early waits less than its budget."""
+
 _REBALANCE_S: Final = 0.003
 _PRIORITIES: Final = ("high", "normal", "low")
 
@@ -58,6 +63,7 @@ class _Given:
     kept: int
     unfinished: int
     at: float
+    until: float = 0.0  # when they are expected to be over; 0: nobody can say
     seconds: float = 0.0
 
 
@@ -165,8 +171,21 @@ class Dispatcher:
         return any(self._lines.get(class_name, ()))
 
     def room(self, class_name: str) -> int:
-        """How many calls of a class could start now."""
-        return 0 if self._apart.closed else self.pool.room(class_name)
+        """How many calls of a class could start now, or as soon as they are here."""
+        if self._apart.closed:
+            return 0
+        waiting = sum(len(h.waiting) for line in self._lines.get(class_name, ()) for h in line)
+        return max(0, self.pool.room(class_name) + self._ending(class_name) - waiting)
+
+    def _ending(self, class_name: str) -> int:
+        """How many slots of a class are about to be free."""
+        now = _now()
+        untils = (
+            slot.batches[0].context.until  # type: ignore[attr-defined]
+            for slot in self.pool.slots(class_name)
+            if len(slot.batches) == 1
+        )
+        return sum(abs(until - now) <= LEAD_S for until in untils)
 
     # ── SlotOwner ────────────────────────────────────────────────────────────
 
@@ -287,6 +306,10 @@ class Dispatcher:
         given = _Given(holding, len(calls), len(calls), _now())
         self.pool.grant(frame.spec.resources)
         slot.give(Batch(frame.spec, frame.client, calls, holding.target_path, given))
+        work_s = self._pace.foresee_s(frame.spec.target, len(calls), LEAD_S / 2)
+        if work_s is not None and work_s > LEAD_S:
+            given.until = given.at + work_s
+            asyncio.get_running_loop().call_at(given.until - LEAD_S, self.intake.refill)
 
     def _line_of(self, holding: Holding) -> deque[Holding]:
         spec = holding.frame.spec
