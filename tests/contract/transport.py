@@ -373,11 +373,13 @@ class TransportContract:
             await transport.publish(queue, bytes(limit + 1))
         await transport.publish(queue, b"still works")
 
-    async def test_the_largest_body_passes(self, transport: Transport, queue: str) -> None:
+    async def test_the_largest_body_passes_with_the_longest_reason(
+        self, transport: Transport, queue: str
+    ) -> None:
         body = bytes(min(transport.capabilities.max_message_bytes, 8 * 1024 * 1024))
         received = Received()
         await transport.consume(queue, received, prefetch=1)
-        await transport.publish(queue, body)
+        await transport.publish(queue, body, headers={"x-flame-reason": "\N{SNOWMAN}" * 1000})
         assert await received.until(1) == [body]
 
     async def test_without_a_broker_open_fails_within_its_deadline(

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from flame_broker.errors import CallCancelled, OutOfMemory, PackagingError, WorkerLost
+from flame_broker.errors import CallCancelled, OutOfMemory, PackagingError, StoreError, WorkerLost
 from flame_broker.messages import EventKind
 from flame_worker import process
 from flame_worker.slots import Batch
@@ -340,6 +340,28 @@ async def test_arguments_whose_unpickling_fails_are_an_error_of_the_call(lab: Sl
 
     assert "no number" in str(await lab.call(square, Bomb()))
     assert await lab.call(square, 3) == 9
+
+
+async def test_a_target_gone_from_the_cache_is_said_and_found_when_it_is_back(
+    lab: SlotLab,
+) -> None:
+    def triple(number: int) -> int:
+        return 3 * number
+
+    batches = [lab.batch(triple, [(number,)]) for number in (1, 2)]
+    path = batches[0].target_path
+    assert path is not None
+    content = path.read_bytes()
+    path.unlink()
+    lab.slot.give(batches[0])
+    await lab.until_ended(batches[0])
+    problem = lab.outcome(batches[0].calls[0].counter)
+    assert isinstance(problem, StoreError)
+    assert "call again" in str(problem)
+    path.write_bytes(content)
+    lab.slot.give(batches[1])
+    await lab.until_ended(batches[1])
+    assert lab.outcome(batches[1].calls[0].counter) == 6
 
 
 async def test_deep_recursion_is_an_error_of_the_call(lab: SlotLab) -> None:

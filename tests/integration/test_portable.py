@@ -6,17 +6,22 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import redis
 
 from contract.transport import Received, eventually, numbered, publish_all
 from flame_broker.connect import open_transport
 from flame_broker.errors import BrokerUnavailable, ConfigError
 from flame_broker.transport import QueueKind, QueueSpec, Transport
-from lab import Process, RedisServer
+from lab import Process, RedisServer, TcpProxy
 
 Open = Callable[..., Awaitable[Transport]]
+
+_EATER = Path(__file__).parents[1] / "contract" / "eat.py"
 
 
 @pytest.fixture
@@ -154,6 +159,63 @@ async def test_nothing_is_lost_when_the_broker_is_killed_with_messages_in_hand(
     await other.consume(queue, rest, prefetch=50)
     seen = set(await rest.until(100 - len(acked)))
     assert seen | set(acked) == set(numbered(100))
+
+
+async def test_a_message_whose_reply_is_cut_off_goes_to_another(
+    own_redis: RedisServer, queue: str, connect: Open
+) -> None:
+    url = f"{own_redis.url}?visibility_s=1"
+    transport = await connect(url)
+    await transport.declare(QueueSpec(queue))
+
+    async def waits() -> bool:
+        with redis.Redis.from_url(own_redis.url) as client:
+            return int(client.info("clients")["blocked_clients"]) == 1
+
+    async def is_gone() -> bool:
+        return await transport.depth(queue) == 0
+
+    with TcpProxy(own_redis.port) as proxy:
+        cut_off = await connect(url.replace(str(own_redis.port), str(proxy.port)))
+        await cut_off.consume(queue, Received(), prefetch=1)
+        await eventually(waits, what="a consumer that waits for a message")
+        proxy.stall()
+        await transport.publish(queue, b"on its way")
+        await eventually(is_gone, what="the message on its way")
+        proxy.refuse()
+        proxy.cut()
+        received = Received()
+        await transport.consume(queue, received, prefetch=1)
+        assert await received.until(1) == [b"on its way"]
+        assert not received.deliveries[0].redelivered, "nobody has seen it"
+
+
+async def test_nothing_is_lost_when_consumers_are_killed_while_they_take(
+    own_redis: RedisServer, queue: str, connect: Open
+) -> None:
+    url = f"{own_redis.url}?visibility_s=2"
+    transport = await connect(url)
+    await transport.declare(QueueSpec(queue))
+    handled, published = set[str](), 0
+    for _ in range(5):
+        with ExitStack() as stack:
+            command = [sys.executable, _EATER, url, queue]
+            eaters = [stack.enter_context(Process(command)) for _ in range(4)]
+            for eater in eaters:
+                while not eater.output():
+                    assert eater.running
+                    bodies = numbered(published + 50)[published:]
+                    await publish_all(transport, queue, bodies)
+                    published += len(bodies)
+                eater.kill()
+            handled.update(*(eater.output().split() for eater in eaters))
+    rest = Received()
+    await transport.consume(queue, rest, prefetch=100)
+
+    async def complete() -> bool:
+        return len({*handled, *(body.decode() for body in rest.bodies)}) == published
+
+    await eventually(complete, what=f"all {published} messages")
 
 
 async def test_an_exclusive_queue_of_a_killed_process_goes_away(

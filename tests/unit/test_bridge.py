@@ -8,6 +8,7 @@ import socket
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 from uuid import uuid4
 
 import pytest
@@ -22,6 +23,7 @@ from flame_broker.memory import MemoryTransport
 from flame_broker.messages import ControlFrame
 from flame_broker.sealing import seal
 from flame_broker.transport import QueueSpec, Transport
+from flame_worker import bridge as bridge_module
 from flame_worker.bridge import Bridge
 from lab.wait import wait_until
 
@@ -205,6 +207,16 @@ async def test_a_transport_whose_worker_left_says_so(
     await asyncio.to_thread(wait_until, lambda: not child.connected, 5)
     with pytest.raises(BrokerUnavailable):
         await child.depth("q")
+
+
+def test_macos_is_asked_for_the_caller_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Connection:
+        def getsockopt(self, level: int, option: int) -> int:
+            assert (level, option) == (0, 2)  # SOL_LOCAL and LOCAL_PEERPID of sys/un.h
+            return 4711
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert bridge_module._peer_pid(cast("socket.socket", Connection())) == 4711
 
 
 async def until(waits: list[tuple[int, bool]], count: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from flame_broker.codec import encode_value
 from flame_broker.errors import CallCancelled
-from flame_broker.messages import Call, CallFrame, Result, Status
+from flame_broker.messages import Call, CallFrame, Result, Status, Target
 from flame_broker.objects import ObjectRef
 from flame_broker.outcomes import decode_failure
 from lab.bench import DEAD, SUSPECTS, Bench, bench, frame_of
@@ -54,6 +56,26 @@ async def test_a_call_that_is_cancelled_while_its_arguments_arrive_does_not_star
         await lab.settled(1)
         assert isinstance(decode_failure(lab.finals[0].payload, ""), CallCancelled)
         assert lab.slots[0].started == []
+
+
+async def test_a_target_that_somebody_cleared_from_the_cache_is_fetched_again(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path) as lab:
+        content = encode_value(len).join()
+        target = Target("len", sha256(content).hexdigest(), len(content))
+        lab.store.put(f"targets/{target.sha256}", content)
+        frame = frame_of([1])
+        frame = replace(frame, spec=replace(frame.spec, target=target))
+        for number in (1, 2):
+            await lab.submit(replace(frame, calls=tuple(frame_of([number]).calls)))
+            await eventually(lambda: lab.slots[0].batches, 5)
+            path = lab.slots[0].batches[0].target_path
+            assert path is not None
+            assert path.read_bytes() == content
+            lab.slots[0].finish()
+            await lab.settled(number)
+            shutil.rmtree(tmp_path / "cache")
 
 
 async def test_a_call_whose_arguments_arrive_during_a_drain_is_handed_back(

@@ -51,6 +51,15 @@ def test_no_card_is_ever_lent_more_than_once(steps: list[float]) -> None:
         assert sum(share.amount for share in lent if name in share.ids) <= 1
 
 
+def test_asking_what_would_be_free_lends_nothing() -> None:
+    pool = GpuPool(2)
+    halves = [share for share in (pool.take(0.5) for _ in range(3)) if share]
+    assert pool.after(halves[:2]).take(1) == GpuShare(("0",), 1.0)
+    assert pool.after([halves[0], halves[1]]).take(2) is None
+    assert pool.after(halves).take(2) is not None
+    assert pool.take(1) is None
+
+
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [

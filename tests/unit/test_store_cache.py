@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -347,6 +348,18 @@ def test_fetching_and_evicting_at_once_never_fails(tmp_path: Path, store: Store,
         finally:
             stop.set()
         evictor.result()
+
+
+def test_a_cache_that_somebody_cleared_is_filled_again(
+    tmp_path: Path, store: Store, put: Put
+) -> None:
+    cache, ref, result = make_cache(tmp_path), put(b"hello"), tmp_path / "result"
+    cache.fetch(ref, store)
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.fetch(ref, store).read_bytes() == b"hello"
+    shutil.rmtree(tmp_path / "cache")
+    result.write_bytes(b"world")
+    assert cache.adopt(result, hashlib.sha256(b"world").hexdigest()).read_bytes() == b"world"
 
 
 def test_a_cache_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import socket
 import struct
+import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
@@ -37,6 +38,8 @@ _log = get_logger("flame.worker")
 _FOLDER: Final = "flame-worker-"
 _READ_BYTES: Final = 256 * 1024
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: see SO_PEERCRED in unix(7)
+_SOL_LOCAL: Final = 0  # macOS, sys/un.h; Python has no names for these
+_LOCAL_PEERPID: Final = 2
 
 OnWaiting = Callable[[int, bool], None]
 
@@ -273,11 +276,17 @@ def _is_abandoned(folder: Path) -> bool:
 
 def _process_group(writer: asyncio.StreamWriter) -> int:
     """Whose child is calling: the process group of the caller, which a slot's child leads."""
-    raw = writer.get_extra_info("socket").getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
-    )
-    pid, _, _ = _CREDENTIALS.unpack(raw)
     try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
+        return os.getpgid(_peer_pid(writer.get_extra_info("socket")))
+    except OSError:  # it is gone already
         return 0
+
+
+def _peer_pid(connection: socket.socket) -> int:
+    pid: int
+    if sys.platform == "darwin":
+        pid = connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID)
+    else:
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, _, _ = _CREDENTIALS.unpack(raw)
+    return pid

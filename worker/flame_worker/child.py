@@ -179,12 +179,15 @@ class CallLoop:
         return self._values.map(ObjectRef.from_wire(refs[0]))
 
     def _load(self, task: Task) -> Callable[..., Any]:
+        target: Callable[..., Any]
         try:
-            self._target = self._targets.load(_target_name(task))
+            target = self._target = self._targets.load(_target_name(task))
+        except StoreError as exc:
+            target = _Broken(exc)  # for this once: it may be there the next time
         except FlameError as exc:
-            self._target = _Broken(exc)
+            target = self._target = _Broken(exc)
         self._reporter.notify(LOADED)
-        return self._target
+        return target
 
     def _follow(self, serial: int, value: Any) -> Any:
         """Await a coroutine; send the items of a generator as they come."""

@@ -69,6 +69,14 @@ class GpuPool:
             self._free[name] -= share
         return GpuShare(tuple(chosen), share)
 
+    def after(self, returned: Iterable[GpuShare]) -> GpuPool:
+        """What would be free if these were given back: a copy to ask; nothing happens here."""
+        copy = GpuPool(())
+        copy._free = dict(self._free)
+        for share in returned:
+            copy.give_back(share)
+        return copy
+
     def give_back(self, share: GpuShare) -> None:
         """Take GPUs back from a slot that has ended."""
         for name in share.ids:

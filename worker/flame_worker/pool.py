@@ -11,6 +11,7 @@ not its memory or GPU: a slot more may then be busy, and is started when there i
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from itertools import count
@@ -57,6 +58,10 @@ class _Seat:
         return self.slot is not None and self.slot.ready and not self.slot.batches
 
     @property
+    def cards(self) -> tuple[str, ...]:
+        return self.gpus.ids if self.gpus is not None else ()
+
+    @property
     def works(self) -> bool:
         return self.slot is not None and bool(self.slot.batches) and not self.waits
 
@@ -79,7 +84,8 @@ class SlotPool:
         self._numbers = count()
         self._cpu = capacity.cpu
         self._extra = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._starting: set[asyncio.Task[None]] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def start(self, slots: int) -> None:
         """Start the slots of the default class, side by side."""
@@ -117,14 +123,13 @@ class SlotPool:
         """How many calls of a class could start now, counting slots yet to be started."""
         if self.reserved_class not in (None, class_name):
             return 0
-        idle = len(self.idle(class_name))
         request = ResourceRequirement.from_class_name(class_name)
-        free = self._free_without_idle(class_name)
+        free, cards = self._free_without(self._idle_elsewhere(class_name))
         more = 0
-        while request.fits(free):
+        while _take(request, free, cards):
             free -= request
             more += 1
-        return idle + more
+        return len(self.idle(class_name)) + more
 
     def knows(self, class_name: str) -> bool:
         """Whether this is the name of a class at all."""
@@ -136,7 +141,8 @@ class SlotPool:
 
     def could_ever(self, class_name: str) -> bool:
         """Whether the class fits this worker at all."""
-        return ResourceRequirement.from_class_name(class_name).fits(self.capacity)
+        request = ResourceRequirement.from_class_name(class_name)
+        return request.fits(self.capacity) and request.gpu <= len(self._gpus)
 
     def grant(self, class_name: str) -> None:
         """A call of a class starts: if room was kept for it, that is over."""
@@ -150,16 +156,11 @@ class SlotPool:
             return
         if any(seat.starting for seat in self._of(class_name)):
             return
-        free, retired = self._free(), []
-        for seat in self._idle_elsewhere(class_name):
-            if request.fits(free):
-                break
-            retired.append(seat)
-            free += seat.request
-        if request.fits(free):
+        retired = self._in_the_way(request)
+        if retired is not None:
             for seat in retired:
-                self._of(seat.request.class_name).remove(seat)
-            self._spawn(self._replace(retired, request))
+                self._retire(seat)
+            self._add(request)
 
     def set_waiting(self, process_group: int, waits: bool) -> None:
         """Note that the call of a child waits for calls of its own, or goes on."""
@@ -184,13 +185,14 @@ class SlotPool:
             return
         self._extra += 1
         _log.info("slot.extra", resource_class=class_name, extra=self._extra)
-        self._spawn(self._replace([], seat.request))
+        self._add(seat.request)
 
     async def close(self, grace_s: float) -> None:
         """End all slots."""
-        for task in self._tasks:
+        for task in self._starting:
             task.cancel()
-        await asyncio.gather(*(slot.close(grace_s=grace_s) for slot in self.slots()))
+        ends = [slot.close(grace_s=grace_s) for slot in self.slots()]
+        await asyncio.gather(*ends, *self._leaving)
         self._seats.clear()
 
     def _of(self, class_name: str) -> list[_Seat]:
@@ -217,39 +219,78 @@ class SlotPool:
         request = ResourceRequirement.from_class_name(class_name)
         return max(0, int((self._cpu - busy) // request.cpu))
 
-    def _free_without_idle(self, class_name: str) -> Capacity:
+    def _free_without(self, retired: list[_Seat]) -> tuple[Capacity, GpuPool]:
+        """What would be free without these; the cards are a copy to try things with."""
         free = self._free()
-        for seat in self._idle_elsewhere(class_name):
+        for seat in retired:
             free += seat.request
-        return free
+        return free, self._gpus.after(seat.gpus for seat in retired if seat.gpus is not None)
 
-    async def _replace(self, retired: list[_Seat], request: ResourceRequirement) -> None:
-        successor = _Seat(None, request, None)
-        self._of(request.class_name).append(successor)
+    def _in_the_way(self, request: ResourceRequirement) -> list[_Seat] | None:
+        """Idle slots that have to go for one more like this; None if even that makes no room.
+
+        The sums are not enough: two halves of different cards are no card.
+        """
+        chosen: list[_Seat] = []
+        for seat in _by_card(self._idle_elsewhere(request.class_name), request):
+            if _take(request, *self._free_without(chosen)):
+                break
+            chosen.append(seat)
+        if not _take(request, *self._free_without(chosen)):
+            return None
+        for seat in [*chosen]:
+            others = [other for other in chosen if other is not seat]
+            if _take(request, *self._free_without(others)):
+                chosen = others
+        return chosen
+
+    def _add(self, request: ResourceRequirement) -> None:
+        """Reserve for one more slot, and start it when all that leave have left."""
+        seat = _Seat(None, request, self._gpus.take(request.gpu) if request.gpu else None)
+        self._of(request.class_name).append(seat)
+        # Who leaves may still hold the card or the memory that this one was promised.
+        _keep(self._starting, self._open_after([*self._leaving], seat))
+
+    async def _open_after(self, leaving: list[asyncio.Task[None]], seat: _Seat) -> None:
         try:
-            await asyncio.gather(*(self._retire(seat) for seat in retired))
-            await self._open(successor)
+            if leaving:
+                await asyncio.wait(leaving)
+            await self._open(seat)
         except FlameError as problem:
-            _log.error("slot.start_failed", request=str(request), reason=str(problem))
-            self._of(request.class_name).remove(successor)
-            await self._retire(successor)
+            _log.error("slot.start_failed", request=str(seat.request), reason=str(problem))
+            self._retire(seat)
 
-    async def _retire(self, seat: _Seat) -> None:
-        if seat.slot is not None:
-            await seat.slot.close(grace_s=1.0)
+    def _retire(self, seat: _Seat) -> None:
+        """Give back what a slot reserved, and end it."""
+        self._of(seat.request.class_name).remove(seat)
         if seat.gpus is not None:
             self._gpus.give_back(seat.gpus)
+        if seat.slot is not None:
+            _keep(self._leaving, seat.slot.close(grace_s=1.0))
 
     async def _open(self, seat: _Seat) -> None:
-        request = seat.request
-        if request.gpu:
-            seat.gpus = self._gpus.take(request.gpu)
-            if seat.gpus is None:
-                raise ResourceError(f"no GPU has {request.gpu:g} left in one piece")
-        seat.slot = self._make(next(self._numbers), request, seat.gpus)
+        seat.slot = self._make(next(self._numbers), seat.request, seat.gpus)
         await seat.slot.start()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+def _take(request: ResourceRequirement, free: Capacity, cards: GpuPool) -> bool:
+    """Whether there is room for one more like this; takes its cards."""
+    return request.fits(free) and (not request.gpu or cards.take(request.gpu) is not None)
+
+
+def _by_card(idle: list[_Seat], request: ResourceRequirement) -> list[_Seat]:
+    """Idle slots in the order to retire them: card by card, the least shared one first."""
+    crowd = Counter(card for seat in idle for card in seat.cards)
+
+    def rank(seat: _Seat) -> tuple[bool, int, tuple[str, ...]]:
+        others = max((crowd[card] for card in seat.cards), default=0)
+        return bool(seat.cards) != bool(request.gpu), others, seat.cards
+
+    return sorted(idle, key=rank)
+
+
+def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[None, None, None]) -> None:
+    """Run this beside; asyncio itself would forget a task that nobody holds."""
+    task = asyncio.ensure_future(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)

@@ -59,9 +59,15 @@ class Spool:
         """What must be held on this node before a frame's calls may start."""
         refs = [ref for call in frame.calls if call.refs for ref in call.refs]
         target = frame.spec.target
-        if target.sha256 and target.sha256 not in self._targets:
+        if target.sha256 and not self._lies_here(target.sha256):
             refs.append(_target_ref(target))
         return refs
+
+    def _lies_here(self, sha256: str) -> bool:
+        """Whether a target is kept, and nobody has cleared the cache since."""
+        if sha256 in self._targets and not self._cache.path_for(sha256).exists():
+            self._targets.pop(sha256).release()
+        return sha256 in self._targets
 
     def target_path(self, target: Target) -> Path | None:
         """Where a target by value lies on this node; None for one by reference."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
 from flame_broker.codec import decode_value
-from flame_broker.errors import PackagingError, VersionMismatch
+from flame_broker.errors import PackagingError, StoreError, VersionMismatch
 
 __all__ = ["TargetName", "Targets"]
 
@@ -43,6 +43,7 @@ class Targets:
 
         Raises:
             PackagingError: It cannot be found or rebuilt here.
+            StoreError: Its code is not in the node's cache.
             VersionMismatch: Its code was pickled by another Python.
         """
         found = _by_value(target) if target.sha256 else _by_reference(target.name)
@@ -82,7 +83,13 @@ def _by_value(target: TargetName) -> Any:
             f"the code of {target.name!r} was packed by Python {target.python}, and this worker "
             f"runs Python {_PYTHON}: code by value needs the same one on both sides"
         )
-    payload = Path(target.path).read_bytes()
+    try:
+        payload = Path(target.path).read_bytes()
+    except OSError as exc:
+        raise StoreError(
+            f"the code of {target.name!r} is not in the cache of this node ({exc.strerror}: "
+            f"{target.path}). Was it cleared? Then call again: the worker fetches it anew"
+        ) from exc
     try:
         return decode_value(payload)
     # Code that is rebuilt imports what it needs, which may raise anything.

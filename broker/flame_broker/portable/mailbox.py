@@ -36,6 +36,11 @@ class Mailbox:
         message = self.channel.prepare_message(body, headers=dict(headers))
         self.channel.basic_publish(message, exchange="", routing_key=queue)
 
+    def open(self, envelope: Mapping[str, Any]) -> tuple[bytes, Mapping[str, object]]:
+        """Body and headers of a message that was received by other means."""
+        message = self.channel.Message(envelope, channel=self.channel)
+        return bytes(message.body or b""), message.headers
+
     def listen(self, queue: str, on_message: Callable[[Any], None]) -> None:
         """Have ``receive`` call back with kombu's messages."""
         forget: Any = virtual.QoS.ack

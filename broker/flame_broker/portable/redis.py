@@ -1,23 +1,21 @@
-"""Redis: kombu's envelope, lists and unacked index, with queue declarations of our own.
+"""Redis: kombu's envelope, with queue declarations and consumers of our own.
 
 A list that is empty does not exist in Redis, so what is declared stands in one hash, and bindings
 in one hash for each exchange; every process sees them, which kombu's tables do not offer. Fanout
 therefore reaches queues and not only those who listen at the moment. Streams are Redis streams.
 
-A message leaves its list before it enters the unacked index: a process killed between the two
-(well under a millisecond), or a connection cut while the reply travels, loses that message.
-Whether data outlive Redis is a matter of its own configuration (``appendonly``).
+Version 6.2 or newer. Whether data outlive Redis is a matter of its own configuration
+(``appendonly``).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import cycle
 from typing import Any, Final
-from uuid import uuid4
 
 import redis
 from kombu.exceptions import KombuError
@@ -26,6 +24,7 @@ from flame_broker.errors import ConfigError
 from flame_broker.portable.address import PortableAddress
 from flame_broker.portable.link import Letter, Parcel, Receipt, Subscription
 from flame_broker.portable.mailbox import Mailbox
+from flame_broker.portable.redis_lists import RedisLists, Taken
 from flame_broker.topics import binding_takes
 from flame_broker.transport import Capabilities, QueueKind, QueueSpec, Unroutable
 
@@ -33,14 +32,17 @@ __all__ = ["RedisDialect", "RedisLink"]
 
 _QUEUES: Final = "flame.queues"
 _EXCHANGE: Final = "flame.exchange."
-_UNACKED: Final = "flame.unacked"
-_UNACKED_INDEX: Final = "flame.unacked.index"
 _KIND: Final = b""  # the field of an exchange's hash that is no queue
 _MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 _STREAM_MESSAGES: Final = 10_000
-_WAIT_S: Final = 1.0  # how long Redis keeps a blocking read open
-_GLANCE_S: Final = 0.2  # how often a waiting thread looks whether it shall stop; costs no request
+_WAIT_S: Final = 1.0  # how long Redis keeps a blocking read of a stream open
 _EXCLUSIVE_VISIBILITIES: Final = 3  # an owner silent for so many visibility times is gone
+_KOMBU_OPTIONS: Final = {
+    "priority_steps": [0],  # one list for a queue: each priority of ours is a queue
+    "socket_timeout": 10,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+}
 
 
 class RedisDialect:
@@ -80,9 +82,9 @@ class RedisLink:
 
     def __init__(self, url: str, visibility_s: float) -> None:
         self._visibility_s = visibility_s
-        self._name = f"flame-{uuid4().hex}"
-        self._mailbox = Mailbox(url, _kombu_options(visibility_s, self._name))
+        self._mailbox = Mailbox(url, _KOMBU_OPTIONS)
         self._client: Any = redis.Redis(connection_pool=self._mailbox.channel.pool)
+        self._lists = RedisLists(self._client)
         self._subscription: Subscription | None = None
         self._stream = False
         self._run_id = self._server_run()
@@ -174,37 +176,27 @@ class RedisLink:
         self._client.xadd(stream, fields, maxlen=limit, approximate=True)
 
     def subscribe(self, subscription: Subscription) -> None:
-        """Read a list through kombu, or a stream from where the subscription stands."""
+        """Read a list, or a stream from where the subscription stands."""
         queue = subscription.queue
         self._subscription = subscription
         self._stream = bool(self._entries([queue]).get(queue, {}).get("stream"))
-        if not self._stream:
-            self._mailbox.listen(queue, self._on_message)
 
     def receive(self, credit: int) -> None:
-        """Wait a moment: a list gives one message at a time, a stream what it has."""
+        """Wait a moment for what a list or a stream has."""
+        assert self._subscription is not None
+        queue = self._subscription.queue
         if self._stream:
-            self._read_stream(credit)
+            self._read_stream(queue, credit)
         else:
-            self._mailbox.receive(credit=credit, timeout_s=_GLANCE_S)
+            for taken in self._lists.receive(queue, credit):
+                self._subscription.on_parcel(self._parcel(queue, taken))
 
-    def _on_message(self, message: Any) -> None:
-        assert self._subscription is not None
-        info = message.delivery_info
-        queue = self._subscription.queue
-        self._subscription.on_parcel(
-            Parcel(
-                queue=queue,
-                body=bytes(message.body or b""),
-                headers={k: v for k, v in message.headers.items() if k != "redelivered"},
-                redelivered=bool(info.get("redelivered")),
-                receipt=Receipt(queue, message.delivery_tag),
-            )
-        )
+    def _parcel(self, queue: str, taken: Taken) -> Parcel:
+        body, headers = self._mailbox.open(taken.envelope)
+        return Parcel(queue, body, headers, taken.redelivered, Receipt(queue, taken.tag))
 
-    def _read_stream(self, credit: int) -> None:
+    def _read_stream(self, queue: str, credit: int) -> None:
         assert self._subscription is not None
-        queue = self._subscription.queue
         after = {queue: self._subscription.position or "0"}
         read = self._client.xread(after, count=credit, block=int(_WAIT_S * 1000))
         for entry_id, fields in read[0][1] if read else ():
@@ -214,25 +206,17 @@ class RedisLink:
             self._subscription.on_parcel(parcel)
 
     def ack(self, receipt: Receipt) -> None:
-        """Take a message out of the unacked index."""
+        """Forget a message in hand; a stream's stays."""
         if receipt.tag:
-            with self._client.pipeline() as pipe:
-                pipe.zrem(_UNACKED_INDEX, receipt.tag)
-                pipe.hdel(_UNACKED, receipt.tag)
-                pipe.execute()
+            self._lists.ack(receipt.tag)
 
     def hold(self, receipts: Iterable[Receipt]) -> None:
         """Start the visibility time of messages in hand anew."""
-        now = time.time()
-        tags = {receipt.tag: now for receipt in receipts if receipt.tag}
-        if tags:
-            self._client.zadd(_UNACKED_INDEX, tags, xx=True)
+        self._lists.hold([receipt.tag for receipt in receipts if receipt.tag])
 
     def give_back(self, receipts: Iterable[Receipt]) -> None:
         """Put messages in hand back into their lists."""
-        for receipt in receipts:
-            if receipt.tag:
-                self._mailbox.channel.qos.restore_by_tag(receipt.tag)
+        self._lists.give_back(receipt.tag for receipt in receipts if receipt.tag)
 
     def tidy(self) -> None:
         """Restore what dead consumers held, and delete queues whose owner is gone.
@@ -243,7 +227,7 @@ class RedisLink:
         """
         if self._server_run() != self._run_id:
             raise redis.ConnectionError("the server was restarted")
-        self._mailbox.channel.qos.restore_visible(interval=1)
+        self._lists.restore(self._visibility_s)
         for name, entry in self._client.hgetall(_QUEUES).items():
             if _expired(json.loads(entry)):
                 self.delete(name.decode())
@@ -252,35 +236,11 @@ class RedisLink:
         return str(self._client.info("server")["run_id"])
 
     def close(self) -> None:
-        """Disconnect. A read that waits on the server is ended in order: it may bring something."""
-        try:
-            self._unblock()
+        """Disconnect. Where the server was gone already, there is nothing to be done."""
+        with suppress(*RedisDialect.failures):
+            self._lists.close()
+        with suppress(*RedisDialect.failures):
             self._mailbox.close()
-        except RedisDialect.failures:
-            return  # it was gone already
-
-    def _unblock(self) -> None:
-        if self._subscription is None:
-            return
-        for client in self._client.client_list():
-            if client["name"] == self._name and client["cmd"] == "brpop":
-                self._client.client_unblock(int(client["id"]))
-
-
-def _kombu_options(visibility_s: float, client_name: str) -> dict[str, object]:
-    return {
-        "client_name": client_name,
-        "visibility_timeout": visibility_s,
-        "unacked_key": _UNACKED,
-        "unacked_index_key": _UNACKED_INDEX,
-        "unacked_mutex_key": "flame.unacked.mutex",
-        "unacked_mutex_expire": 10,
-        "unacked_restore_throttle": sys.maxsize,  # `tidy` restores, not every empty read
-        "priority_steps": [0],  # one list for a queue: each priority of ours is a queue
-        "socket_timeout": 10,
-        "socket_connect_timeout": 5,
-        "socket_keepalive": True,
-    }
 
 
 def _expired(entry: Mapping[str, Any]) -> bool:

@@ -106,8 +106,7 @@ class NodeCache:
         self._limit_bytes = limit_bytes
         self._uncounted_bytes = limit_bytes
         with _local_errors(directory):
-            for folder in (directory, self._objects, self._incoming, self._locks):
-                folder.mkdir(0o700, parents=True, exist_ok=True)
+            self._make_folders()
             self._remove_abandoned()
 
     def path_for(self, sha256: str) -> Path:
@@ -296,6 +295,10 @@ class NodeCache:
                     found = file.stat(follow_symlinks=False)
                     yield _Entry(found.st_atime_ns, found.st_size, file.name)
 
+    def _make_folders(self) -> None:
+        for folder in (self._objects.parent, self._objects, self._incoming, self._locks):
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+
     def _remove_abandoned(self) -> None:
         # The time of change of the inode: a hard link keeps the old modification time.
         oldest_s = time.time() - _ABANDONED_S
@@ -307,6 +310,7 @@ class NodeCache:
     @contextmanager
     def _fetching(self, sha256: str) -> Iterator[None]:
         """Hold the lock on bringing in this content (and those with the same first byte)."""
+        self._make_folders()  # somebody may have cleared the cache
         with (self._locks / sha256[:2]).open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
