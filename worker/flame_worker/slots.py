@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from flame_broker.errors import CallCancelled, CallError, CallTimeout, OutOfMemory, WorkerLost
-from flame_broker.messages import Call, EventKind, Result, Status
+from flame_broker.messages import Call, CallSpec, EventKind, Result, Status
 from flame_worker.backlog import Backlog, Part
 from flame_worker.batches import Batch, Lost, SlotOwner, SlotSettings, SpooledResult
 from flame_worker.limits import available_bytes
@@ -61,14 +61,14 @@ class Slot:
         self._memory = MemoryWatch(
             settings, lambda: self.pid, lambda: bool(self.batches), self._on_excess
         )
-        self._limit: asyncio.TimerHandle | None = None
+        self._clock = CallClock(self._on_due)
         self._reset()
 
     def _reset(self) -> None:
         """Forget what belongs to one child."""
         self._backlog = Backlog()
         self._served = 0
-        self._clock = CallClock()
+        self._clock.reset()
         self._doom: tuple[type[CallError], str] | None = None
         self._doomed: list[Part] = []
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
@@ -180,9 +180,9 @@ class Slot:
         """Stop: no more calls start than were given, and none outlives the grace."""
         self._closing = True
         self._memory.stop()
-        for timer in (self._limit, *self._timers):
-            if timer is not None:
-                timer.cancel()
+        self._clock.follow(None)
+        for timer in self._timers:
+            timer.cancel()
         children = self._children()
         for child in children:
             child.finish()
@@ -206,11 +206,12 @@ class Slot:
             return
         if not self._backlog.load:
             self._clock.sign_of_life(self._loop.time())
+            self._clock.follow(batch.spec)
         serial = self._backlog.add(batch, calls)
         child.busy = True
         child.claims.allow(len(calls))
         child.send((child.claims.token, serial, _head(batch), _wire(calls)))
-        self._arm(batch)
+        self._memory.start()
 
     def _send_held(self) -> None:
         waiting, self._held = self._held, deque()
@@ -255,6 +256,7 @@ class Slot:
             if not self._backlog.given or self._backlog.given[0].batch is not batch:
                 self._deliver(batch, results)
                 results = []
+                self._clock.follow(self._running_spec())
                 self._end_batch(batch)
         self._deliver(batch, results)
         if not self._backlog.given:
@@ -285,10 +287,9 @@ class Slot:
         elif child is not self._child:
             return
         elif kind == LOADED and self._backlog.given:
-            self._clock.loaded(self._backlog.given[0].batch.spec.target, self._loop.time())
-            if self._limit is not None:
-                self._limit.cancel()
-                self._check_limit()
+            spec = self._backlog.given[0].batch.spec
+            self._clock.loaded(spec.target, self._loop.time())
+            self._clock.follow(spec)
         elif kind == PROGRESS:
             _, _, serial, fraction, text = record
             found = self._backlog.find(serial)
@@ -309,27 +310,18 @@ class Slot:
 
     # Time and memory
 
-    def _arm(self, batch: Batch) -> None:
-        if batch.spec.timeout_s and self._limit is None:
-            self._limit = self._loop.call_at(self._clock.due(batch.spec), self._check_limit)
-        self._memory.start()
+    def _running_spec(self) -> CallSpec | None:
+        return self._backlog.given[0].batch.spec if self._backlog.given else None
 
-    def _check_limit(self) -> None:
-        self._limit = None
-        if self._child is None or self._doom is not None:
-            return
-        if self._backlog.given:
-            self._child.collect()
-        timed = next((g.batch for g in self._backlog.given if g.batch.spec.timeout_s), None)
-        if timed is None:
-            return
-        head = self._backlog.given[0].batch
-        due = self._clock.due(timed.spec)
-        if head is timed and due <= self._loop.time():
-            limit_s = timed.spec.timeout_s
+    def _on_due(self) -> None:
+        if self._child is not None:
+            self._child.collect()  # the call may have ended without our having looked
+        spec = self._running_spec()
+        if spec is not None and spec.timeout_s and self._clock.due(spec) <= self._loop.time():
+            limit_s = spec.timeout_s
             self._condemn(CallTimeout, f"the call ran longer than its timeout of {limit_s:g} s")
         else:
-            self._limit = self._loop.call_at(max(due, self._loop.time() + 0.05), self._check_limit)
+            self._clock.follow(spec)
 
     def _insist(self, serial: int) -> None:
         """A cancelled call did not stop when it was asked to."""

@@ -1,0 +1,67 @@
+"""What a slot does later it does to the call that it was meant for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from flame_broker.errors import CallTimeout, WorkerLost
+from lab.slots import SlotLab, slot_lab
+from lab.wait import eventually
+
+
+@pytest.fixture
+async def lab(tmp_path: Path) -> AsyncIterator[SlotLab]:
+    async with slot_lab(tmp_path, grace_s=0.2) as lab:
+        yield lab
+
+
+def hold(path: str) -> str:
+    """Runs until the file is gone; says that it has started."""
+    Path(path).with_suffix(".started").touch()
+    while Path(path).exists():
+        time.sleep(0.005)
+    return "released"
+
+
+def stubborn(seconds: float) -> None:
+    """Runs for so long, whatever is raised in it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            time.sleep(max(0.0, end - time.monotonic()))
+        except CallTimeout:
+            continue
+
+
+async def test_a_long_timeout_that_is_over_does_not_put_off_a_short_one(lab: SlotLab) -> None:
+    assert await lab.call(stubborn, 0, timeout_s=3600) is None
+    batch = lab.give(stubborn, (20,), timeout_s=0.1, grace_s=0.1)
+    await lab.until_ended(batch)
+    (lost,) = lab.lost
+    assert lost.reason is CallTimeout
+    assert lost.running == (batch, batch.calls[0].counter)
+
+
+async def test_a_short_timeout_holds_behind_a_long_one(lab: SlotLab, tmp_path: Path) -> None:
+    assert await lab.call(stubborn, 0) is None
+    gate = tmp_path / "gate"
+    gate.touch()
+    before = lab.give(hold, (str(gate),), timeout_s=3600)
+    batch = lab.give(stubborn, (20,), timeout_s=0.1, grace_s=0.1)
+    await eventually(gate.with_suffix(".started").exists, poll_s=0.005)
+    gate.unlink()
+    await lab.until_ended(before, batch)
+    (lost,) = lab.lost
+    assert lost.reason is CallTimeout
+    assert lost.running == (batch, batch.calls[0].counter)
+
+
+async def test_a_short_timeout_holds_in_the_next_child_too(lab: SlotLab) -> None:
+    await lab.until_ended(lab.give("os:_exit", (3,), timeout_s=3600))
+    assert await lab.call(stubborn, 0, timeout_s=3600) is None
+    await lab.until_ended(lab.give(stubborn, (20,), timeout_s=0.1, grace_s=0.1))
+    assert [lost.reason for lost in lab.lost] == [WorkerLost, CallTimeout]
