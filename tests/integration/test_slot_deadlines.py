@@ -1,14 +1,15 @@
-"""What a slot does later it does to the call that it was meant for."""
+"""What a slot does later it does to the call that it was meant for: hard timeouts and cancels."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from flame_broker.errors import CallTimeout, WorkerLost
+from flame_broker.errors import CallCancelled, CallTimeout, WorkerLost
 from lab.slots import SlotLab, slot_lab
 from lab.wait import eventually
 
@@ -65,3 +66,24 @@ async def test_a_short_timeout_holds_in_the_next_child_too(lab: SlotLab) -> None
     assert await lab.call(stubborn, 0, timeout_s=3600) is None
     await lab.until_ended(lab.give(stubborn, (20,), timeout_s=0.1, grace_s=0.1))
     assert [lost.reason for lost in lab.lost] == [WorkerLost, CallTimeout]
+
+
+async def test_a_cancel_of_a_dead_childs_call_spares_its_successors(
+    lab: SlotLab, tmp_path: Path
+) -> None:
+    def leave_when_cancelled(path: str) -> None:
+        try:
+            hold(path)
+        except CallCancelled:
+            os._exit(3)
+
+    gate = tmp_path / "gate"
+    gate.touch()
+    batch = lab.give(leave_when_cancelled, (str(gate),))
+    await eventually(gate.with_suffix(".started").exists, poll_s=0.005)
+    assert lab.slot.cancel("client", batch.calls[0].counter)
+    await lab.until_ended(batch)
+    innocent = lab.give(time.sleep, (0.5,))  # longer than the grace of the cancel
+    await lab.until_ended(innocent)
+    assert innocent.calls[0].counter in lab.results
+    assert len(lab.lost) == 1

@@ -167,7 +167,7 @@ class Slot:
                 self._hand_over(batch, left)
         if not found and serial is not None and self._child is not None:
             self._child.interrupt(serial)
-            self._later(self._settings.grace_s, self._insist, serial)
+            self._later(self._settings.grace_s, self._insist, self._child, serial)
         return True
 
     def kill(self) -> None:
@@ -323,9 +323,12 @@ class Slot:
         else:
             self._clock.follow(spec)
 
-    def _insist(self, serial: int) -> None:
+    def _insist(self, child: ChildProcess, serial: int) -> None:
         """A cancelled call did not stop when it was asked to."""
-        if self._backlog.given and self._backlog.running == serial:
+        if child is not self._child:
+            return  # each child's serial numbers begin anew
+        child.collect()  # the call may have ended without our having looked
+        if child is self._child and self._backlog.running == serial and self._backlog.given:
             self._condemn(CallCancelled, "the call was cancelled while it ran, and was killed")
 
     def _on_excess(self) -> None:
