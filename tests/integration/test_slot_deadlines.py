@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,3 +88,32 @@ async def test_a_cancel_of_a_dead_childs_call_spares_its_successors(
     await lab.until_ended(innocent)
     assert innocent.calls[0].counter in lab.results
     assert len(lab.lost) == 1
+
+
+class HeldUp:
+    """Its unpickling lasts until a file is gone."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return hold, (self._path,)
+
+
+async def test_a_cancel_while_the_target_is_loaded_stops_the_call(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    gate.touch()
+    marker = HeldUp(str(gate))
+
+    def slow_to_load() -> object:
+        time.sleep(30)
+        return marker
+
+    async with slot_lab(tmp_path) as lab:
+        batch = lab.give(slow_to_load, ())
+        await eventually(gate.with_suffix(".started").exists, poll_s=0.005)
+        assert lab.slot.cancel("client", batch.calls[0].counter)
+        gate.unlink()
+        await lab.until_ended(batch)
+        assert isinstance(lab.outcome(batch.calls[0].counter), CallCancelled)
+        assert not lab.lost
