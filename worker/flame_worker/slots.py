@@ -13,7 +13,7 @@ from flame_broker.messages import Call, CallSpec, EventKind, Result, Status
 from flame_worker.backlog import Backlog, Part
 from flame_worker.batches import Batch, Lost, SlotOwner, SlotSettings, SpooledResult
 from flame_worker.limits import available_bytes
-from flame_worker.output import OutputSplitter
+from flame_worker.output import LastWords, OutputSplitter
 from flame_worker.pipes import LOADED, MAX_OUTSTANDING, NOTICE, PROGRESS, READY
 from flame_worker.process import ChildProcess
 from flame_worker.results import failure_of, result_of
@@ -26,7 +26,6 @@ _KILL_AFTER_TERM_S: Final = 1.0
 _FIRST_BACKOFF_S: Final = 0.1
 _LAST_BACKOFF_S: Final = 5.0
 _REPLACEMENT_BYTES: Final = 256 * 1024 * 1024
-_LAST_WORDS: Final = 40
 _ITEM: Final = int(Status.ITEM)
 
 
@@ -71,7 +70,7 @@ class Slot:
         self._clock.reset()
         self._doom: tuple[type[CallError], str] | None = None
         self._doomed: list[Part] = []
-        self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+        self._last_words = LastWords()
         self._outputs = {kind: self._splitter(kind) for kind in EventKind}
 
     def _splitter(self, kind: EventKind) -> OutputSplitter:
@@ -303,7 +302,7 @@ class Slot:
 
     def _emit(self, kind: EventKind, serial: int, lines: list[str]) -> None:
         if kind is EventKind.STDERR:
-            self._last_words.extend(lines[-_LAST_WORDS:])
+            self._last_words.hear(lines)
         found = self._backlog.find(serial)
         if found is not None:
             self._owner.on_output(self, *found, kind, lines)
@@ -420,8 +419,8 @@ class Slot:
         unstarted = [(batch, call.counter) for batch, calls in parts for call in calls]
         started = self._backlog.take_all()
         reason, message = self._doom or (WorkerLost, child.exit_message())
-        if self._doom is None and (child.crashed or not child.ready) and self._last_words:
-            message = "\n".join([message, *self._last_words])
+        if self._doom is None and (child.crashed or not child.ready):
+            message = f"{message}\n{self._last_words}".rstrip()
         if self._closing and self._doom is None:
             message = "the worker stopped before the call ended"
         return Lost(reason, message, started[-1] if started else None, started[:-1], unstarted)
