@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=_positive, help="children of the default class (one a cpu)")
     parser.add_argument("--cpu", type=float, help="cpus to reserve from (all that are detected)")
     parser.add_argument("--mem", type=parse_bytes, help="memory to reserve from, as 16g (all)")
-    parser.add_argument("--gpu", type=int, help="GPUs to reserve from (all that are detected)")
+    parser.add_argument("--gpu", type=_count, help="GPUs to reserve from (all that are detected)")
     parser.add_argument(
         "--label", action="append", default=[], metavar="K=V", help="shown in `flame workers`"
     )
@@ -90,10 +90,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return number
+    return _at_least(1, text)
+
+
+def _count(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of {least} or more")
+    return int(text)
 
 
 def _settings(arguments: argparse.Namespace) -> WorkerSettings:

@@ -16,7 +16,7 @@ from time import time
 from typing import Final
 
 from flame_broker.connect import open_transport
-from flame_broker.errors import FlameError
+from flame_broker.errors import ConfigError, FlameError
 from flame_broker.frames import FORMAT_VERSION, encode, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
@@ -89,6 +89,9 @@ class WorkerSettings:
 class Worker:
     """A running factory. ``start``, then ``drain`` or ``stop``; lives in one loop.
 
+    Raises:
+        ConfigError: It should reserve more GPUs than there are.
+
     Example:
         >>> async def serve(settings: WorkerSettings) -> None:
         ...     worker = Worker(settings)
@@ -102,6 +105,7 @@ class Worker:
         self._started_at = time()
         self._gpus = GpuPool.detect()
         self._capacity = settings.capacity or detect_capacity(gpus=len(self._gpus))
+        _check_gpus(self._capacity, len(self._gpus))
         self._transport = transport or self._connect()
         cache = NodeCache(settings.home / "cache", _CACHE_BYTES)
         store = open_store(settings.store_url) if settings.store_url else None
@@ -372,3 +376,13 @@ class Worker:
             "labels": ",".join(f"{k}={v}" for k, v in self.settings.labels.items()),
             **{f"count_{name}": n for name, n in self._intake.counts.items()},
         }
+
+
+def _check_gpus(capacity: Capacity, found: int) -> None:
+    """Cards that are not there would be missed at each start of a slot, while its calls wait."""
+    if capacity.gpu > found:
+        raise ConfigError(
+            f"gpu={capacity.gpu:g} is more than this worker can hand out (GPUs found: {found}): "
+            "reserve fewer, or see that the driver and nvidia-ml-py are installed, and what "
+            "CUDA_VISIBLE_DEVICES of the worker leaves out"
+        )
