@@ -81,6 +81,20 @@ def _parser() -> argparse.ArgumentParser:
         help="how long a drain waits for running calls (%(default)s)",
     )
     parser.add_argument(
+        "--recycle-calls",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="replace a child after so many calls (0: never)",
+    )
+    parser.add_argument(
+        "--recycle-memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="replace a child that keeps more than this between calls, as 8g; 0: never "
+        "(memory divided by slots, 2g at least; where a class reserves memory, that)",
+    )
+    parser.add_argument(
         "--health-file", type=Path, help="rewritten every 2 s while the worker is well"
     )
     parser.add_argument("--broker", help="broker URL, instead of FLAME_BROKER_URL")
@@ -119,6 +133,8 @@ def _settings(arguments: argparse.Namespace) -> WorkerSettings:
         capacity=_capacity(arguments),
         labels=_labels(arguments.label),
         drain_timeout_s=arguments.drain_timeout,
+        recycle_calls=arguments.recycle_calls,
+        recycle_memory_bytes=arguments.recycle_memory,
         health_file=arguments.health_file,
     )
 

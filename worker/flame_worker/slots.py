@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
 from flame_broker.errors import CallCancelled, CallError, CallTimeout, OutOfMemory, WorkerLost
+from flame_broker.logs import get_logger
 from flame_broker.messages import Call, CallSpec, EventKind, Result, Status
 from flame_worker.backlog import Backlog, Part
 from flame_worker.batches import Batch, Lost, SlotOwner, SlotSettings, SpooledResult
-from flame_worker.limits import available_bytes
+from flame_worker.limits import available_bytes, private_bytes
 from flame_worker.output import LastWords, OutputSplitter
 from flame_worker.pipes import LOADED, MAX_OUTSTANDING, NOTICE, PROGRESS, READY
 from flame_worker.process import ChildProcess
@@ -20,6 +22,8 @@ from flame_worker.results import failure_of, result_of
 from flame_worker.watch import CallClock, MemoryWatch
 
 __all__ = ["Batch", "Lost", "Slot", "SlotOwner", "SlotSettings", "SpooledResult"]
+
+_log = get_logger("flame.worker")
 
 _START_TIMEOUT_S: Final = 60.0
 _KILL_AFTER_TERM_S: Final = 1.0
@@ -146,6 +150,7 @@ class Slot:
             if self._is_over(batch):
                 self.batches.remove(batch)
                 self._loop.call_soon(self._owner.on_done, self, batch, batch.seconds)
+        self._recycle()
         return parts
 
     def cancel(self, client: str, counter: int) -> bool:
@@ -167,6 +172,7 @@ class Slot:
         if not found and serial is not None and self._child is not None:
             self._child.interrupt(serial)
             self._later(self._settings.grace_s, self._insist, self._child, serial)
+        self._recycle()
         return True
 
     def kill(self) -> None:
@@ -200,16 +206,14 @@ class Slot:
 
     def _hand_over(self, batch: Batch, calls: Sequence[Call]) -> None:
         child = self._child
-        if child is None or self._recycling or self._doom is not None:
+        if child is None or self._recycling or self._doom is not None or self._closing:
             self._held.append((batch, [*calls]))
             return
         if not self._backlog.load:
             self._clock.sign_of_life(self._loop.time())
             self._clock.follow(batch.spec)
         serial = self._backlog.add(batch, calls)
-        child.busy = True
-        child.claims.allow(len(calls))
-        child.send((child.claims.token, serial, _head(batch), _wire(calls)))
+        child.give(serial, batch, calls)
         self._memory.start()
 
     def _send_held(self) -> None:
@@ -240,7 +244,7 @@ class Slot:
                 self._on_notice(child, record)
                 continue
             given = self._backlog.given and self._backlog.given[0]
-            if not given or record[0] != self._backlog.running:
+            if child is not self._child or not given or record[0] != self._backlog.running:
                 child.kill()  # a call wrote to our pipe: nothing after it can be trusted
                 return
             if batch is not given.batch:
@@ -387,10 +391,11 @@ class Slot:
     def _on_ready(self, child: ChildProcess) -> None:
         child.ready = True
         self._failures = 0
-        self._clock.sign_of_life(self._loop.time())
+        if child is self._child:
+            self._clock.sign_of_life(self._loop.time())
         if self._first_ready is not None and not self._first_ready.done():
             self._first_ready.set_result(None)
-        self._consider_recycling()
+        self._recycle()
         self._owner.on_ready(self)
 
     def on_exit(self, child: ChildProcess) -> None:
@@ -428,17 +433,20 @@ class Slot:
     def _consider_recycling(self) -> None:
         """Replace the child if it has served long enough or grown too big, losing no call.
 
-        The successor starts first if memory allows. What is given meanwhile waits for it, and
-        what the old child was given it finishes.
+        The successor starts first if there is room for both. What is given meanwhile waits for
+        it, and what the old child was given it finishes.
         """
-        child = self._child
-        if child is None or self._doom is not None or self._closing:
-            return
-        if not self._recycling and self._is_worn():
+        if not self._recycling and self._doom is None and not self._closing and self._is_worn():
             self._recycling = True
-            if available_bytes() > _REPLACEMENT_BYTES:
-                self._next = ChildProcess(self._settings, self)
-        if not self._recycling or self._backlog.given:
+            self._start_successor()
+        self._recycle()
+
+    def _recycle(self) -> None:
+        """Go on with it, if all that the old child was given is done."""
+        child = self._child
+        if not self._recycling or child is None or self._backlog.given:
+            return
+        if self._doom is not None or self._closing:
             return
         if self._next is None:
             self._child = None
@@ -448,11 +456,20 @@ class Slot:
             self._retire(child)
             self._succeed(self._next)
 
+    def _start_successor(self) -> None:
+        """Start it beside the old child, unless both would want the same GPUs or memory."""
+        room_bytes = _REPLACEMENT_BYTES + self._settings.recycle_over_bytes
+        if not self._settings.gpus and available_bytes() > room_bytes:
+            with contextlib.suppress(OSError):  # then it comes when the old one is gone
+                self._next = ChildProcess(self._settings, self)
+
     def _is_worn(self) -> bool:
         limit = self._settings.recycle_after_calls
         return bool(limit and self._served >= limit) or self._memory.is_grown(self._loop.time())
 
     def _retire(self, child: ChildProcess) -> None:
+        kept_bytes = private_bytes(child.pid)
+        _log.info("child.recycled", slot=self.number, calls=self._served, kept_bytes=kept_bytes)
         self._retired.add(child)
         child.finish()
         self._later(self._settings.grace_s, child.kill)
@@ -472,19 +489,3 @@ def _contains(parts: deque[Part], client: str, counter: int) -> bool:
         batch.client == client and any(call.counter == counter for call in calls)
         for batch, calls in parts
     )
-
-
-def _head(batch: Batch) -> tuple[object, ...]:
-    """What the calls of a chunk share, as ``child.Task`` takes it."""
-    spec, target = batch.spec, batch.spec.target
-    path = "" if batch.target_path is None else str(batch.target_path)
-    timeout_s = float(spec.timeout_s)
-    return (
-        target.name, target.sha256, target.python, path, timeout_s, batch.client, batch.attempt
-    )  # fmt: skip
-
-
-def _wire(calls: Sequence[Call]) -> Sequence[object]:
-    if not any(call.refs for call in calls):
-        return calls
-    return [(c.counter, c.payload, [ref.to_wire() for ref in c.refs]) for c in calls]
