@@ -101,6 +101,19 @@ async def test_a_crash_tells_where_it_happened(lab: SlotLab) -> None:
     assert "in crash" in lab.lost[0].message
 
 
+async def test_last_words_are_cut_to_a_few_kilobytes_and_the_end_is_kept(lab: SlotLab) -> None:
+    def babble_and_crash() -> None:
+        os.write(2, b"\xff" * 3_000_000 + b"\n")
+        crash()
+
+    batch = lab.give(babble_and_crash, ())
+    await lab.until_ended(batch)
+    message = lab.lost[0].message
+    assert len(message.encode()) < 10 * 1024
+    assert message.startswith("the process that ran the call was killed by SIGSEGV")
+    assert "in babble_and_crash" in message
+
+
 async def test_a_kill_from_outside_between_two_calls_blames_nobody(lab: SlotLab) -> None:
     assert await lab.call(square, 2) == 4
     assert lab.slot.pid is not None

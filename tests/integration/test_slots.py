@@ -490,6 +490,14 @@ def _is_dead(pid: int) -> bool:
         return True
 
 
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux only")
+async def test_a_child_is_the_first_to_go_when_memory_runs_out(lab: SlotLab) -> None:
+    own = int(Path("/proc/self/oom_score_adj").read_text())
+    child = Path(f"/proc/{lab.slot.pid}/oom_score_adj")
+    assert own < int(child.read_text()) == 1000
+    assert await lab.call("os:system", "test $(cat /proc/self/oom_score_adj) = 1000") == 0
+
+
 async def test_an_interpreter_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     lab = SlotLab(tmp_path, python="/no/such/python")
     with pytest.raises(Exception, match="no child could be started"):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flame_broker.errors import ResourceError
-from flame_worker.capacity import detect_capacity, parse_bytes
+from flame_broker.resources import Capacity
+from flame_worker.capacity import detect_capacity, memory_share, parse_bytes
 from flame_worker.limits import available_bytes, private_bytes, process_tree, tree_bytes
 
 
@@ -67,3 +68,12 @@ def test_memory_of_processes_is_measured() -> None:
     assert me in process_tree(me)
     assert 2**20 < private_bytes(me) <= tree_bytes(me) < available_bytes() + tree_bytes(me)
     assert private_bytes(2**22 + 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("mem_gib", "slots", "share_gib"), [(64, 8, 8), (64, 1, 64), (8, 8, 2), (0, 0, 2)]
+)
+def test_the_shares_of_all_children_are_the_memory_but_none_is_tiny(
+    mem_gib: int, slots: int, share_gib: int
+) -> None:
+    assert memory_share(Capacity(8, mem_gib * 2**30), slots) == share_gib * 2**30

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flame_worker.capture import MARK_END, MARK_START
-from flame_worker.output import OutputSplitter
+from flame_worker.output import LastWords, OutputSplitter
 
 
 class Listener:
@@ -114,3 +114,15 @@ def test_random_bytes_never_stop_the_splitter(pieces: list[bytes]) -> None:
         listener.splitter.feed(MARK_START[:3] + piece)
     listener.splitter.end_call()
     assert sum(map(len, listener.lines.values())) <= 21 * max(1, len(listener.lines))
+
+
+@given(st.lists(st.tuples(st.sampled_from("aé€😀"), st.integers(0, 20_000)), max_size=60))
+def test_last_words_are_the_end_within_their_bounds(parts: list[tuple[str, int]]) -> None:
+    words, lines = LastWords(), [character * count for character, count in parts]
+    for line in lines:
+        words.hear([line])
+    said = str(words)
+    assert "\n".join(lines).endswith(said)
+    assert len(said.encode()) <= 8 * 1024
+    assert said.count("\n") < 40
+    assert len(said.encode()) > 8 * 1024 - 4 or said == "\n".join(lines[-40:])

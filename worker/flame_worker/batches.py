@@ -124,7 +124,7 @@ class SlotSettings:
         memory_bytes: Limit of a child and its sub-processes together; 0 for none.
         gpus: What children see as ``CUDA_VISIBLE_DEVICES``; none hides all GPUs.
         recycle_after_calls: Replace a child after so many calls; 0 for never.
-        recycle_over_bytes: Replace a child that holds more when it is done; 0 for never.
+        recycle_over_bytes: Replace a child that holds more when a batch is done; 0 for never.
         grace_s: From SIGTERM to SIGKILL, and from a cancel to SIGTERM.
         python: The interpreter of the environment; empty for the worker's own.
         environ: Added to the worker's environment variables.

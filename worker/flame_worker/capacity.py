@@ -10,10 +10,11 @@ from typing import Final
 from flame_broker.resources import Capacity, ResourceRequirement
 from flame_worker.gpus import detect_gpus
 
-__all__ = ["detect_capacity", "parse_bytes"]
+__all__ = ["detect_capacity", "memory_share", "parse_bytes"]
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUP: Final = Path("/proc/self/cgroup")
+_LEAST_SHARE_BYTES: Final = 2 * 2**30
 
 
 def detect_capacity(
@@ -32,6 +33,17 @@ def detect_capacity(
         mem_bytes=min([_physical_bytes(), *_memory_limits(folders)]),
         gpu=len(detect_gpus()) if gpus is None else gpus,
     )
+
+
+def memory_share(capacity: Capacity, slots: int) -> int:
+    """What a child may keep between two calls, in bytes, if its class reserves no memory.
+
+    The worker's memory divided by its slots: if every child kept more, there would not be enough.
+    Less would be too little, since programs that keep a model between calls are right to do so, and
+    each new child has to load it again. For the same reason a share is 2 GiB at least, which a
+    large library with its data may take; whoever keeps more than a share reserves it (``mem=``).
+    """
+    return max(capacity.mem_bytes // max(slots, 1), _LEAST_SHARE_BYTES)
 
 
 def parse_bytes(text: str) -> int:

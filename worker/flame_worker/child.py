@@ -27,7 +27,7 @@ from flame_broker.outcomes import encode_error, encode_failure
 from flame_worker.capture import Capture
 from flame_worker.descriptors import move_high
 from flame_worker.interrupts import Interrupts
-from flame_worker.limits import die_with_parent, limit_memory
+from flame_worker.limits import die_first, die_with_parent, limit_memory
 from flame_worker.pipes import DESCRIPTORS_CLOSED, LOADED, READY, TOKEN, ChildEnds
 from flame_worker.reports import Progress, Reporter
 from flame_worker.streams import STREAMED, Coroutines
@@ -303,6 +303,7 @@ def main() -> None:
     """Serve the daemon that started this process: ``PARENT COMMANDS CLAIMS CANCELS …``."""
     parent, *descriptors = map(int, sys.argv[1:])
     die_with_parent(parent)
+    die_first()
     sys.argv = [""]
     ends = ChildEnds(*map(move_high, descriptors))
     messages = _messages(ends.commands)

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slots", type=_positive, help="children of the default class (one a cpu)")
     parser.add_argument("--cpu", type=float, help="cpus to reserve from (all that are detected)")
     parser.add_argument("--mem", type=parse_bytes, help="memory to reserve from, as 16g (all)")
-    parser.add_argument("--gpu", type=int, help="GPUs to reserve from (all that are detected)")
+    parser.add_argument("--gpu", type=_count, help="GPUs to reserve from (all that are detected)")
     parser.add_argument(
         "--label", action="append", default=[], metavar="K=V", help="shown in `flame workers`"
     )
@@ -81,6 +81,20 @@ def _parser() -> argparse.ArgumentParser:
         help="how long a drain waits for running calls (%(default)s)",
     )
     parser.add_argument(
+        "--recycle-calls",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="replace a child after so many calls (0: never)",
+    )
+    parser.add_argument(
+        "--recycle-memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="replace a child that keeps more than this between calls, as 8g; 0: never "
+        "(memory divided by slots, 2g at least; where a class reserves memory, that)",
+    )
+    parser.add_argument(
         "--health-file", type=Path, help="rewritten every 2 s while the worker is well"
     )
     parser.add_argument("--broker", help="broker URL, instead of FLAME_BROKER_URL")
@@ -90,10 +104,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return number
+    return _at_least(1, text)
+
+
+def _count(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of {least} or more")
+    return int(text)
 
 
 def _settings(arguments: argparse.Namespace) -> WorkerSettings:
@@ -112,6 +133,8 @@ def _settings(arguments: argparse.Namespace) -> WorkerSettings:
         capacity=_capacity(arguments),
         labels=_labels(arguments.label),
         drain_timeout_s=arguments.drain_timeout,
+        recycle_calls=arguments.recycle_calls,
+        recycle_memory_bytes=arguments.recycle_memory,
         health_file=arguments.health_file,
     )
 

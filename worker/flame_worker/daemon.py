@@ -16,7 +16,7 @@ from time import time
 from typing import Final
 
 from flame_broker.connect import open_transport
-from flame_broker.errors import FlameError
+from flame_broker.errors import ConfigError, FlameError
 from flame_broker.frames import FORMAT_VERSION, encode, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
@@ -33,7 +33,7 @@ from flame_broker.topology import (
 )
 from flame_broker.transport import Delivery, Transport
 from flame_worker.bridge import Bridge
-from flame_worker.capacity import detect_capacity
+from flame_worker.capacity import detect_capacity, memory_share
 from flame_worker.dispatch import Dispatcher
 from flame_worker.gpus import GpuPool, GpuShare
 from flame_worker.intake import Intake
@@ -69,6 +69,12 @@ class WorkerSettings:
         capacity: What it may reserve; by default what the machine has.
         labels: Shown in ``flame workers``.
         drain_timeout_s: How long a drain waits for running calls.
+        recycle_calls: Replace a child after so many calls; 0, the default, for never. A new child
+            imports everything again, which is dear for large libraries and for models, so this is
+            for code that is known to leak what is no memory.
+        recycle_memory_bytes: Replace a child that holds more when a batch is done, what a leak
+            comes to in the end; by default its share (``memory_share``), 0 for never. A child
+            whose class reserves memory may keep all of that instead.
         health_file: Rewritten every 2 s while the worker is well.
         name: Unique; made up by default.
     """
@@ -82,12 +88,17 @@ class WorkerSettings:
     capacity: Capacity | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     drain_timeout_s: float = 60.0
+    recycle_calls: int = 0
+    recycle_memory_bytes: int | None = None
     health_file: Path | None = None
     name: str = field(default_factory=lambda: f"{socket.gethostname()}-{secrets.token_hex(3)}")
 
 
 class Worker:
     """A running factory. ``start``, then ``drain`` or ``stop``; lives in one loop.
+
+    Raises:
+        ConfigError: It should reserve more GPUs than there are.
 
     Example:
         >>> async def serve(settings: WorkerSettings) -> None:
@@ -102,6 +113,7 @@ class Worker:
         self._started_at = time()
         self._gpus = GpuPool.detect()
         self._capacity = settings.capacity or detect_capacity(gpus=len(self._gpus))
+        _check_gpus(self._capacity, len(self._gpus))
         self._transport = transport or self._connect()
         cache = NodeCache(settings.home / "cache", _CACHE_BYTES)
         store = open_store(settings.store_url) if settings.store_url else None
@@ -203,9 +215,18 @@ class Worker:
             spool_dir=self._spool_folder.path,
             memory_bytes=request.mem_bytes,
             gpus=gpus.ids if gpus is not None else (),
+            recycle_after_calls=self.settings.recycle_calls,
+            recycle_over_bytes=self._kept_bytes(request),
             environ=self._child_environ(),
         )
         return Slot(number, settings=settings, owner=self._dispatcher)
+
+    def _kept_bytes(self, request: ResourceRequirement) -> int:
+        """How much a child of a class may keep between two batches; 0 for any amount."""
+        chosen = self.settings.recycle_memory_bytes
+        if chosen is None:
+            chosen = memory_share(self._capacity, self._default_slots())
+        return request.mem_bytes or chosen if chosen else 0
 
     def _child_environ(self) -> dict[str, str]:
         """How a call that uses Flame itself finds this cluster, whatever the settings file says."""
@@ -373,3 +394,13 @@ class Worker:
             "labels": ",".join(f"{k}={v}" for k, v in self.settings.labels.items()),
             **{f"count_{name}": n for name, n in self._intake.counts.items()},
         }
+
+
+def _check_gpus(capacity: Capacity, found: int) -> None:
+    """Cards that are not there would be missed at each start of a slot, while its calls wait."""
+    if capacity.gpu > found:
+        raise ConfigError(
+            f"gpu={capacity.gpu:g} is more than this worker can hand out (GPUs found: {found}): "
+            "reserve fewer, or see that the driver and nvidia-ml-py are installed, and what "
+            "CUDA_VISIBLE_DEVICES of the worker leaves out"
+        )

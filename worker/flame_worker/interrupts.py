@@ -1,7 +1,8 @@
 """How a running call is interrupted: by its timeout or by a cancel.
 
 Signals arrive at any instruction, also in our own code between two calls. So the handlers raise
-only while user code runs, at most once a call, and only for the call they are meant for.
+only while user code runs, at most once a call, and only for the call they are meant for. What
+comes before the user code of its call is kept until that begins: a target may take long to load.
 
 SIGTERM keeps its default action. A handler would be inherited by processes that a call forks, and
 one of those that loses the signal while it starts would make ``multiprocessing`` wait for ever.
@@ -28,8 +29,8 @@ class Interrupts:
     """Which call runs, and what must stop it.
 
     Attributes:
-        serial: The call that runs or ran last.
-        raised: What was raised in it, or is due to be; None for a call left alone.
+        serial: The call that runs or ran last; set as soon as the child turns to a call.
+        raised: What was raised in its user code; None for a call left alone.
     """
 
     def __init__(self, cancels: int) -> None:
@@ -37,7 +38,9 @@ class Interrupts:
         self.raised: BaseException | None = None
         self._cancels = cancels
         self._inside = False
-        self._due = False
+        # Each is replaced in one step: a handler may run between any two.
+        self._due: tuple[int, BaseException] | None = None
+        self._ahead: frozenset[int] = frozenset()
         self._timeout_s = 0.0
         self._handlers: dict[signal.Signals, _Handler] = {
             signal.SIGINT: self._on_cancel,
@@ -58,29 +61,34 @@ class Interrupts:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def begin(self, serial: int, timeout_s: float) -> None:
-        """A call begins; user code starts to run."""
-        self.serial = serial
+        """A call begins; user code starts to run.
+
+        Raises:
+            CallCancelled: It was cancelled before.
+        """
         self.raised = None
-        self._due = False
-        self._inside = True
+        self.serial = serial
         if timeout_s:
             self._timeout_s = timeout_s
             signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        if serial in self._ahead:
+            self._due = serial, _cancelled()
+        self.enter()
 
     def leave(self) -> None:
         """User code has returned to us: from here on nothing is raised."""
         self._inside = False
 
     def enter(self) -> None:
-        """Back to user code, for the next item of a stream.
+        """Go to user code, at its start or for the next item of a stream.
 
         Raises:
             CallTimeout, CallCancelled: What came meanwhile.
         """
         self._inside = True
-        if self._due and self.raised is not None:
-            self._inside = self._due = False
-            raise self.raised
+        due, self._due = self._due, None
+        if due is not None and due[0] == self.serial:
+            self._raise(due[1])
 
     def end(self) -> None:
         """The call is over."""
@@ -95,12 +103,19 @@ class Interrupts:
 
     def _on_cancel(self, _signum: int, _frame: FrameType | None) -> None:
         data = read_available(self._cancels) or b""
-        if self.serial in {serial for (serial,) in SERIAL.iter_unpack(data)}:
-            self._raise(CallCancelled("the call was cancelled while it ran"))
+        asked = {serial for (serial,) in SERIAL.iter_unpack(data)}
+        self._ahead = frozenset(serial for serial in self._ahead | asked if serial > self.serial)
+        if self.serial in asked:
+            self._raise(_cancelled())
 
     def _raise(self, exc: BaseException) -> None:
+        if not self._inside:
+            self._due = self.serial, exc
+            return
+        self._inside = False
         self.raised = exc
-        self._due = not self._inside
-        if self._inside:
-            self._inside = False
-            raise exc
+        raise exc
+
+
+def _cancelled() -> CallCancelled:
+    return CallCancelled("the call was cancelled while it ran")

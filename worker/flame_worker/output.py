@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from flame_worker.capture import MARK_END, MARK_START
 
-__all__ = ["OutputSplitter"]
+__all__ = ["LastWords", "OutputSplitter"]
 
 _MARK: Final = re.compile(re.escape(MARK_START) + rb"(\d{1,20})" + re.escape(MARK_END))
 _LONGEST_MARK: Final = len(MARK_START) + 20 + len(MARK_END)
 _LINE_BYTES: Final = 64 * 1024
+_LAST_LINES: Final = 40
+_LAST_BYTES: Final = 8 * 1024
 _UNMARKED: Final = -1
 _DROPPED: Final = b"... output dropped: the call wrote more than its limit"
 
@@ -96,6 +99,25 @@ class OutputSplitter:
     def _send(self, lines: list[bytes]) -> None:
         if lines:
             self._emit(self._current, [piece for line in lines for piece in _pieces(line)])
+
+
+class LastWords:
+    """The end of what a process wrote: 40 lines of it, and no more than 8 KiB.
+
+    It becomes part of a message that must fit a frame, whatever the process wrote.
+    """
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=_LAST_LINES)
+
+    def hear(self, lines: list[str]) -> None:
+        """Take lines as they come."""
+        self._lines.extend(line[-_LAST_BYTES:] for line in lines[-_LAST_LINES:])
+
+    def __str__(self) -> str:
+        """They, cut at the front."""
+        data = "\n".join(self._lines).encode()[-_LAST_BYTES:]
+        return data.decode(errors="ignore")  # without the rest of a character that was cut
 
 
 def _pieces(line: bytes) -> list[str]:

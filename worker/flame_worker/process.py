@@ -9,13 +9,13 @@ import pwd
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import msgpack
 
-from flame_broker.messages import EventKind
-from flame_worker.batches import SlotSettings
+from flame_broker.messages import Call, EventKind
+from flame_worker.batches import Batch, SlotSettings
 from flame_worker.guard import guard
 from flame_worker.pipes import (
     DESCRIPTORS_CLOSED,
@@ -116,6 +116,12 @@ class ChildProcess:
     def send(self, message: object) -> None:
         """Send a command; buffered while the child does not read."""
         self._outbox.send(msgpack.packb(message))
+
+    def give(self, serial: int, batch: Batch, calls: Sequence[Call]) -> None:
+        """Have calls of a batch run, after those given before; the serial is the first one's."""
+        self.busy = True
+        self.claims.allow(len(calls))
+        self.send((self.claims.token, serial, _head(batch), _wire(calls)))
 
     def finish(self) -> None:
         """Let the child end when it has done what it was given."""
@@ -259,6 +265,22 @@ def _spawn(
         env=_environment(settings),
         **_identity(settings.user),
     )
+
+
+def _head(batch: Batch) -> tuple[object, ...]:
+    """What the calls of a chunk share, as ``child.Task`` takes it."""
+    spec, target = batch.spec, batch.spec.target
+    path = "" if batch.target_path is None else str(batch.target_path)
+    timeout_s = float(spec.timeout_s)
+    return (
+        target.name, target.sha256, target.python, path, timeout_s, batch.client, batch.attempt
+    )  # fmt: skip
+
+
+def _wire(calls: Sequence[Call]) -> Sequence[object]:
+    if not any(call.refs for call in calls):
+        return calls
+    return [(c.counter, c.payload, [ref.to_wire() for ref in c.refs]) for c in calls]
 
 
 def _identity(user: int | None) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
 from flame_broker.errors import CallCancelled, CallError, CallTimeout, OutOfMemory, WorkerLost
-from flame_broker.messages import Call, EventKind, Result, Status
+from flame_broker.logs import get_logger
+from flame_broker.messages import Call, CallSpec, EventKind, Result, Status
 from flame_worker.backlog import Backlog, Part
 from flame_worker.batches import Batch, Lost, SlotOwner, SlotSettings, SpooledResult
-from flame_worker.limits import available_bytes
-from flame_worker.output import OutputSplitter
+from flame_worker.limits import available_bytes, private_bytes
+from flame_worker.output import LastWords, OutputSplitter
 from flame_worker.pipes import LOADED, MAX_OUTSTANDING, NOTICE, PROGRESS, READY
 from flame_worker.process import ChildProcess
 from flame_worker.results import failure_of, result_of
@@ -21,12 +23,13 @@ from flame_worker.watch import CallClock, MemoryWatch
 
 __all__ = ["Batch", "Lost", "Slot", "SlotOwner", "SlotSettings", "SpooledResult"]
 
+_log = get_logger("flame.worker")
+
 _START_TIMEOUT_S: Final = 60.0
 _KILL_AFTER_TERM_S: Final = 1.0
 _FIRST_BACKOFF_S: Final = 0.1
 _LAST_BACKOFF_S: Final = 5.0
 _REPLACEMENT_BYTES: Final = 256 * 1024 * 1024
-_LAST_WORDS: Final = 40
 _ITEM: Final = int(Status.ITEM)
 
 
@@ -61,17 +64,17 @@ class Slot:
         self._memory = MemoryWatch(
             settings, lambda: self.pid, lambda: bool(self.batches), self._on_excess
         )
-        self._limit: asyncio.TimerHandle | None = None
+        self._clock = CallClock(self._on_due)
         self._reset()
 
     def _reset(self) -> None:
         """Forget what belongs to one child."""
         self._backlog = Backlog()
         self._served = 0
-        self._clock = CallClock()
+        self._clock.reset()
         self._doom: tuple[type[CallError], str] | None = None
         self._doomed: list[Part] = []
-        self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+        self._last_words = LastWords()
         self._outputs = {kind: self._splitter(kind) for kind in EventKind}
 
     def _splitter(self, kind: EventKind) -> OutputSplitter:
@@ -147,6 +150,7 @@ class Slot:
             if self._is_over(batch):
                 self.batches.remove(batch)
                 self._loop.call_soon(self._owner.on_done, self, batch, batch.seconds)
+        self._recycle()
         return parts
 
     def cancel(self, client: str, counter: int) -> bool:
@@ -167,7 +171,8 @@ class Slot:
                 self._hand_over(batch, left)
         if not found and serial is not None and self._child is not None:
             self._child.interrupt(serial)
-            self._later(self._settings.grace_s, self._insist, serial)
+            self._later(self._settings.grace_s, self._insist, self._child, serial)
+        self._recycle()
         return True
 
     def kill(self) -> None:
@@ -180,9 +185,9 @@ class Slot:
         """Stop: no more calls start than were given, and none outlives the grace."""
         self._closing = True
         self._memory.stop()
-        for timer in (self._limit, *self._timers):
-            if timer is not None:
-                timer.cancel()
+        self._clock.follow(None)
+        for timer in self._timers:
+            timer.cancel()
         children = self._children()
         for child in children:
             child.finish()
@@ -201,16 +206,15 @@ class Slot:
 
     def _hand_over(self, batch: Batch, calls: Sequence[Call]) -> None:
         child = self._child
-        if child is None or self._recycling or self._doom is not None:
+        if child is None or self._recycling or self._doom is not None or self._closing:
             self._held.append((batch, [*calls]))
             return
         if not self._backlog.load:
             self._clock.sign_of_life(self._loop.time())
+            self._clock.follow(batch.spec)
         serial = self._backlog.add(batch, calls)
-        child.busy = True
-        child.claims.allow(len(calls))
-        child.send((child.claims.token, serial, _head(batch), _wire(calls)))
-        self._arm(batch)
+        child.give(serial, batch, calls)
+        self._memory.start()
 
     def _send_held(self) -> None:
         waiting, self._held = self._held, deque()
@@ -240,7 +244,7 @@ class Slot:
                 self._on_notice(child, record)
                 continue
             given = self._backlog.given and self._backlog.given[0]
-            if not given or record[0] != self._backlog.running:
+            if child is not self._child or not given or record[0] != self._backlog.running:
                 child.kill()  # a call wrote to our pipe: nothing after it can be trusted
                 return
             if batch is not given.batch:
@@ -255,6 +259,7 @@ class Slot:
             if not self._backlog.given or self._backlog.given[0].batch is not batch:
                 self._deliver(batch, results)
                 results = []
+                self._clock.follow(self._running_spec())
                 self._end_batch(batch)
         self._deliver(batch, results)
         if not self._backlog.given:
@@ -285,10 +290,9 @@ class Slot:
         elif child is not self._child:
             return
         elif kind == LOADED and self._backlog.given:
-            self._clock.loaded(self._backlog.given[0].batch.spec.target, self._loop.time())
-            if self._limit is not None:
-                self._limit.cancel()
-                self._check_limit()
+            spec = self._backlog.given[0].batch.spec
+            self._clock.loaded(spec.target, self._loop.time())
+            self._clock.follow(spec)
         elif kind == PROGRESS:
             _, _, serial, fraction, text = record
             found = self._backlog.find(serial)
@@ -302,38 +306,32 @@ class Slot:
 
     def _emit(self, kind: EventKind, serial: int, lines: list[str]) -> None:
         if kind is EventKind.STDERR:
-            self._last_words.extend(lines[-_LAST_WORDS:])
+            self._last_words.hear(lines)
         found = self._backlog.find(serial)
         if found is not None:
             self._owner.on_output(self, *found, kind, lines)
 
     # Time and memory
 
-    def _arm(self, batch: Batch) -> None:
-        if batch.spec.timeout_s and self._limit is None:
-            self._limit = self._loop.call_at(self._clock.due(batch.spec), self._check_limit)
-        self._memory.start()
+    def _running_spec(self) -> CallSpec | None:
+        return self._backlog.given[0].batch.spec if self._backlog.given else None
 
-    def _check_limit(self) -> None:
-        self._limit = None
-        if self._child is None or self._doom is not None:
-            return
-        if self._backlog.given:
-            self._child.collect()
-        timed = next((g.batch for g in self._backlog.given if g.batch.spec.timeout_s), None)
-        if timed is None:
-            return
-        head = self._backlog.given[0].batch
-        due = self._clock.due(timed.spec)
-        if head is timed and due <= self._loop.time():
-            limit_s = timed.spec.timeout_s
+    def _on_due(self) -> None:
+        if self._child is not None:
+            self._child.collect()  # the call may have ended without our having looked
+        spec = self._running_spec()
+        if spec is not None and spec.timeout_s and self._clock.due(spec) <= self._loop.time():
+            limit_s = spec.timeout_s
             self._condemn(CallTimeout, f"the call ran longer than its timeout of {limit_s:g} s")
         else:
-            self._limit = self._loop.call_at(max(due, self._loop.time() + 0.05), self._check_limit)
+            self._clock.follow(spec)
 
-    def _insist(self, serial: int) -> None:
+    def _insist(self, child: ChildProcess, serial: int) -> None:
         """A cancelled call did not stop when it was asked to."""
-        if self._backlog.given and self._backlog.running == serial:
+        if child is not self._child:
+            return  # each child's serial numbers begin anew
+        child.collect()  # the call may have ended without our having looked
+        if child is self._child and self._backlog.running == serial and self._backlog.given:
             self._condemn(CallCancelled, "the call was cancelled while it ran, and was killed")
 
     def _on_excess(self) -> None:
@@ -393,10 +391,11 @@ class Slot:
     def _on_ready(self, child: ChildProcess) -> None:
         child.ready = True
         self._failures = 0
-        self._clock.sign_of_life(self._loop.time())
+        if child is self._child:
+            self._clock.sign_of_life(self._loop.time())
         if self._first_ready is not None and not self._first_ready.done():
             self._first_ready.set_result(None)
-        self._consider_recycling()
+        self._recycle()
         self._owner.on_ready(self)
 
     def on_exit(self, child: ChildProcess) -> None:
@@ -425,8 +424,8 @@ class Slot:
         unstarted = [(batch, call.counter) for batch, calls in parts for call in calls]
         started = self._backlog.take_all()
         reason, message = self._doom or (WorkerLost, child.exit_message())
-        if self._doom is None and (child.crashed or not child.ready) and self._last_words:
-            message = "\n".join([message, *self._last_words])
+        if self._doom is None and (child.crashed or not child.ready):
+            message = f"{message}\n{self._last_words}".rstrip()
         if self._closing and self._doom is None:
             message = "the worker stopped before the call ended"
         return Lost(reason, message, started[-1] if started else None, started[:-1], unstarted)
@@ -434,17 +433,20 @@ class Slot:
     def _consider_recycling(self) -> None:
         """Replace the child if it has served long enough or grown too big, losing no call.
 
-        The successor starts first if memory allows. What is given meanwhile waits for it, and
-        what the old child was given it finishes.
+        The successor starts first if there is room for both. What is given meanwhile waits for
+        it, and what the old child was given it finishes.
         """
-        child = self._child
-        if child is None or self._doom is not None or self._closing:
-            return
-        if not self._recycling and self._is_worn():
+        if not self._recycling and self._doom is None and not self._closing and self._is_worn():
             self._recycling = True
-            if available_bytes() > _REPLACEMENT_BYTES:
-                self._next = ChildProcess(self._settings, self)
-        if not self._recycling or self._backlog.given:
+            self._start_successor()
+        self._recycle()
+
+    def _recycle(self) -> None:
+        """Go on with it, if all that the old child was given is done."""
+        child = self._child
+        if not self._recycling or child is None or self._backlog.given:
+            return
+        if self._doom is not None or self._closing:
             return
         if self._next is None:
             self._child = None
@@ -454,11 +456,20 @@ class Slot:
             self._retire(child)
             self._succeed(self._next)
 
+    def _start_successor(self) -> None:
+        """Start it beside the old child, unless both would want the same GPUs or memory."""
+        room_bytes = _REPLACEMENT_BYTES + self._settings.recycle_over_bytes
+        if not self._settings.gpus and available_bytes() > room_bytes:
+            with contextlib.suppress(OSError):  # then it comes when the old one is gone
+                self._next = ChildProcess(self._settings, self)
+
     def _is_worn(self) -> bool:
         limit = self._settings.recycle_after_calls
         return bool(limit and self._served >= limit) or self._memory.is_grown(self._loop.time())
 
     def _retire(self, child: ChildProcess) -> None:
+        kept_bytes = private_bytes(child.pid)
+        _log.info("child.recycled", slot=self.number, calls=self._served, kept_bytes=kept_bytes)
         self._retired.add(child)
         child.finish()
         self._later(self._settings.grace_s, child.kill)
@@ -478,19 +489,3 @@ def _contains(parts: deque[Part], client: str, counter: int) -> bool:
         batch.client == client and any(call.counter == counter for call in calls)
         for batch, calls in parts
     )
-
-
-def _head(batch: Batch) -> tuple[object, ...]:
-    """What the calls of a chunk share, as ``child.Task`` takes it."""
-    spec, target = batch.spec, batch.spec.target
-    path = "" if batch.target_path is None else str(batch.target_path)
-    timeout_s = float(spec.timeout_s)
-    return (
-        target.name, target.sha256, target.python, path, timeout_s, batch.client, batch.attempt
-    )  # fmt: skip
-
-
-def _wire(calls: Sequence[Call]) -> Sequence[object]:
-    if not any(call.refs for call in calls):
-        return calls
-    return [(c.counter, c.payload, [ref.to_wire() for ref in c.refs]) for c in calls]

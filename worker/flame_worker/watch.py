@@ -20,11 +20,26 @@ _MEASURE_EVERY_S: Final = 1.0
 
 
 class CallClock:
-    """Since when the call that runs has been running, by what the child lets us see."""
+    """Since when the call that runs has been running, and when it must have ended.
 
-    def __init__(self) -> None:
+    What lies behind the call that runs has its own limit when its turn comes: ``follow`` is to be
+    told of every change.
+
+    Args:
+        on_due: Called when the call that runs may be over its limit. Its end may not be known
+            yet, so look first.
+    """
+
+    def __init__(self, on_due: Callable[[], None]) -> None:
+        self._on_due = on_due
         self._since = 0.0
         self._loaded: set[Target] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def reset(self) -> None:
+        """Forget the child; the next one has loaded nothing and runs nothing."""
+        self._loaded.clear()
+        self.follow(None)
 
     def sign_of_life(self, now: float) -> None:
         """The child began or ended something."""
@@ -39,6 +54,26 @@ class CallClock:
         """When the call that runs must have ended, if it is of this kind."""
         grace_s = spec.grace_s if spec.target in self._loaded else spec.grace_s + _LOAD_GRACE_S
         return self._since + spec.timeout_s + grace_s
+
+    def follow(self, spec: CallSpec | None) -> None:
+        """Watch over the call that runs now; None if nothing runs.
+
+        A look that comes too early costs little and sets the next one, so a timer is replaced
+        only by an earlier one: signs of life come for every call, and put the end off.
+        """
+        due = None if spec is None or not spec.timeout_s else self.due(spec)
+        timer = self._timer
+        if timer is not None:
+            if due is not None and timer.when() <= due:
+                return
+            timer.cancel()
+            self._timer = None
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_at(due, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        self._on_due()
 
 
 class MemoryWatch:
