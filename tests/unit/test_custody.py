@@ -252,7 +252,7 @@ async def test_a_frame_is_held_until_every_item_of_its_streams_has_arrived(
 ) -> None:
     async with bench(tmp_path) as lab:
         again: list[Callable[[], None]] = []
-        monkeypatch.setattr(lab.outbox, "_later", again.append)
+        monkeypatch.setattr(lab.outbox, "_later", lambda retry, *_, **__: again.append(retry))
         frame = frame_of([1], reply="replies")  # a client that makes its queue anew meanwhile
         await lab.submit(frame)
         await eventually(lambda: lab.slots[0].started == [1], 5)
