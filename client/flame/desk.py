@@ -67,6 +67,24 @@ class Desk:
             problem.__cause__ = exc
             return None, problem
 
+    def open_stream(
+        self, items: Iterable[Result], outcome: Result
+    ) -> tuple[Any, BaseException | None]:
+        """Decode the items of a generator into a list, or its exception; may download.
+
+        Raises:
+            StoreError: An item could not be fetched; another try may succeed.
+        """
+        if outcome.status in _FAILURES:
+            return self.open_outcome(outcome)
+        values: list[Any] = []
+        for item in items:
+            value, exc = self.open_outcome(item)
+            if exc is not None:
+                return None, exc
+            values.append(value)
+        return values, None
+
     def _open_failure(self, result: Result) -> BaseException:
         name = call_id(self.client_id, result.counter)
         decode = decode_error if result.status is Status.ERROR else decode_failure

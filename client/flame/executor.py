@@ -12,7 +12,7 @@ from flame.client import default_client
 from flame.options import ServiceOptions, make_options
 from flame.packaging import TargetCache, pack_target
 from flame.window import Gate
-from flame_broker.errors import PackagingError
+from flame_broker.errors import FlameError, PackagingError
 
 if TYPE_CHECKING:
     from flame.client import Client
@@ -97,14 +97,26 @@ class Executor(concurrent.futures.Executor):
             wait: Return when all calls have ended.
             cancel_futures: Cancel the calls that have not started. Those that are published are
                 asked back from the workers, and end as cancelled when a worker says so.
+
+        Raises:
+            FlameError: This would wait inside a done-callback, which runs in the client's thread.
         """
         with self._lock:
-            self._shut = True
             futures = self._pending()
+            if wait and futures:
+                self._check_may_wait()
+            self._shut = True
         if cancel_futures:
             self._recall(futures)
         if wait:
             concurrent.futures.wait(futures)
+
+    def _check_may_wait(self) -> None:
+        if self._client is not None and not self._client.session.desk.may_block():
+            raise FlameError(
+                "waiting for an executor's calls inside a done-callback would stop the client "
+                "itself; use shutdown(wait=False) there"
+            )
 
     def _pending(self) -> list[ObjectFuture[Any]]:
         """Our futures that are not done; the client's table has every one."""

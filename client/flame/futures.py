@@ -25,9 +25,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from flame.streams import ItemStream, call_in
+from flame.streams import Items, ItemStream, call_in
 from flame.window import Gate
-from flame_broker.errors import CallCancelled, FlameError, PackagingError, StoreError
+from flame_broker.errors import CallCancelled, FlameError, StoreError
 from flame_broker.logs import get_logger
 from flame_broker.messages import Result, Status, call_id
 from flame_broker.objects import ObjectRef
@@ -56,7 +56,7 @@ class ObjectFuture(Future[T]):
     _outcome: Result | None = None
     _opened: tuple[Any, BaseException | None] | None = None
     _ref: ObjectRef | None = None
-    _items: list[Result] | None = None
+    _items: Items | None = None
     _progress: tuple[float, str] = (0.0, "")
     _started = False
     _wanted_in_loop = False
@@ -127,7 +127,7 @@ class ObjectFuture(Future[T]):
             outcome = self._outcome
             if outcome is not None and outcome.ref is not None:
                 self._ref = outcome.ref
-            elif outcome is not None and _is_value(outcome) and not self._items:
+            elif outcome is not None and _is_value(outcome) and not outcome.index:
                 self._ref = self._desk.store_value(outcome, None)
             else:
                 self._ref = self._desk.store_value(None, self.result())
@@ -341,13 +341,15 @@ class ObjectFuture(Future[T]):
         else:
             self._announce(CANCELLED_AND_NOTIFIED)
 
-    def take_item(self, result: Result) -> None:
-        """Take one item of the stream; a second run repeats those that are here already."""
-        items = self.__dict__.setdefault("_items", [])
-        if result.index == len(items):
-            items.append(result)
+    def follow(self, result: Result) -> Result | None:
+        """Take an item, or the outcome of a stream: given back when every item is here."""
+        if self._items is None:
+            self._items = Items()
+        outcome = self._items.add(result)
+        if result.status is Status.ITEM:
             self.take_sign_of_life()
             self._tell_listeners()
+        return outcome
 
     def take_progress(self, fraction: float, text: str) -> None:
         """Take a progress report."""
@@ -409,7 +411,7 @@ class ObjectFuture(Future[T]):
     @property
     def items(self) -> list[Result]:
         """The items that have arrived, encoded."""
-        return self._items or []
+        return [] if self._items is None else self._items.ready
 
     def wait_for(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         """Wait until something holds that the courier brings about; False if it took too long."""
@@ -452,7 +454,11 @@ class ObjectFuture(Future[T]):
 
     def _is_large(self) -> bool:
         outcome = self._outcome
-        return self._opened is None and outcome is not None and outcome.ref is not None
+        if self._opened is not None or outcome is None:
+            return False
+        if outcome.index and self._items is not None and _is_value(outcome):
+            return self._items.large
+        return outcome.ref is not None
 
     def _open(self) -> tuple[Any, BaseException | None]:
         """The value or the exception, one object whoever asks."""
@@ -460,7 +466,7 @@ class ObjectFuture(Future[T]):
         if outcome is None:
             assert self._opened is not None
             return self._opened
-        if outcome.ref is not None or self._items:
+        if outcome.ref is not None or outcome.index:
             with self._fetching:
                 opened = self._set_opened(self.__dict__.get("_opened") or self._fetch(outcome))
                 self._ref = outcome.ref
@@ -476,12 +482,9 @@ class ObjectFuture(Future[T]):
         return first
 
     def _fetch(self, outcome: Result) -> tuple[Any, BaseException | None]:
-        if outcome.status is not Status.OK or not self._items:
-            return self._desk.open_outcome(outcome)
-        try:
-            return [self.open_item(item) for item in self._items], None
-        except PackagingError as exc:
-            return None, exc
+        if outcome.index and self._items is not None:
+            return self._desk.open_stream(self._items.ready, outcome)
+        return self._desk.open_outcome(outcome)
 
     def _prefetch(self, then: Callable[[], object]) -> None:
         """Materialise for an event loop, which must then find a result or an exception."""

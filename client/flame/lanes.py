@@ -38,8 +38,8 @@ class Record(Protocol):
     def settle(self, result: Result) -> None:
         """Take the outcome, once."""
 
-    def take_item(self, result: Result) -> None:
-        """Take one item of a stream."""
+    def follow(self, result: Result) -> Result | None:
+        """Take an item, or the outcome of a stream: given back when every item is here."""
 
     def take_progress(self, fraction: float, text: str) -> None:
         """Take a progress report."""

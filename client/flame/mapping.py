@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from itertools import islice
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from flame.arguments import find_futures
 from flame.futures import ObjectFuture
 from flame.lanes import Lane
 from flame.packaging import local_code
 from flame.progress import Bar
+from flame.streams import Items
 from flame_broker.codec import encode_arguments, encode_scalars
 from flame_broker.errors import FlameError, PackagingError
 from flame_broker.messages import FRAME_CALLS, INLINE_BYTES, SHORT_FRAME_CALLS, Call, Result
@@ -34,7 +35,15 @@ _AHEAD_BYTES: Final = 32 * 1024 * 1024
 _SLOW_S: Final = 0.01  # for the items of one chunk; a list gives 64 in microseconds
 _CHUNKS_A_SIZE: Final = 4  # the first chunks are small, so that short maps spread over workers
 
-Outcome = Result | BaseException | ObjectFuture[Any]
+
+class _Stream(NamedTuple):
+    """The outcome of a generator call."""
+
+    items: list[Result]
+    outcome: Result
+
+
+Outcome = Result | BaseException | ObjectFuture[Any] | _Stream
 
 
 class _Chunk:
@@ -48,6 +57,7 @@ class _Chunk:
         self.lane: Lane | None = lane
         self.counters = counters
         self.outcomes: dict[int, Outcome] = {}
+        self.streams: dict[int, Items] = {}
         self.nbytes = 0
         self._full = threading.Event()
 
@@ -64,12 +74,22 @@ class _Chunk:
         if len(self.outcomes) == len(self.counters):
             self._full.set()
 
+    def in_order(self) -> list[Outcome]:
+        """All outcomes, in the order of the calls."""
+        outcomes = self.outcomes
+        for counter, items in self.streams.items():
+            outcome = outcomes[counter]
+            if isinstance(outcome, Result) and outcome.index:
+                outcomes[counter] = _Stream(items.ready, outcome)
+        return [outcomes[counter] for counter in self.counters]
+
     def fail_call(self, counter: int, exc: BaseException) -> None:
         """Take a failure that came from no worker."""
         self.put(counter, exc)
 
-    def take_item(self, result: Result) -> None:
-        """A map gives no streams; the call's list of items comes with its end."""
+    def follow(self, result: Result) -> Result | None:
+        """Take an item, or the outcome of a stream: given back when every item is here."""
+        return self.streams.setdefault(result.counter, Items()).add(result)
 
     def take_progress(self, fraction: float, text: str) -> None:
         """A map shows the progress of the whole."""
@@ -129,17 +149,22 @@ class MapResults(Iterator[Any]):
             self._advance()
         outcome = self._current.popleft()
         try:
-            if isinstance(outcome, Result):
-                value, exc = self._session.desk.open_outcome(outcome)
-                if exc is None:
-                    return value
-                raise exc
             if isinstance(outcome, ObjectFuture):
                 return outcome.result()
-            raise outcome
+            if isinstance(outcome, BaseException):
+                raise outcome
+            value, exc = self._open(outcome)
+            if exc is None:
+                return value
+            raise exc
         except StopIteration as exc:
             # Passed on, it would end the loop over us as if all were done (PEP 479).
             raise RuntimeError("a call of the map raised StopIteration") from exc
+
+    def _open(self, outcome: Result | _Stream) -> tuple[Any, BaseException | None]:
+        if isinstance(outcome, _Stream):
+            return self._session.desk.open_stream(*outcome)
+        return self._session.desk.open_outcome(outcome)
 
     def close(self) -> None:
         """Stop: read no more input, cancel what is on its way. Safe to call twice."""
@@ -182,7 +207,7 @@ class MapResults(Iterator[Any]):
         self._chunks.popleft()
         self._ahead_calls -= len(chunk.counters)
         self._ahead_bytes -= chunk.nbytes
-        self._current.extend([chunk.outcomes[counter] for counter in chunk.counters])
+        self._current.extend(chunk.in_order())
         self._bar.advance(len(chunk.counters))
         self._fill()
 

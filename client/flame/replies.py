@@ -19,6 +19,7 @@ from flame_broker.messages import (
     EventFrame,
     EventKind,
     Frame,
+    Result,
     ResultFrame,
     Status,
 )
@@ -105,23 +106,29 @@ class Replies:
         pop, item, settled = self._pending.records.pop, Status.ITEM, 0
         record: Record | None = None
         for result in frame.results:
-            if result.status is item:
-                record = self._pending.records.get(result.counter)
-                if record is not None:
-                    record.take_item(result)
-                continue
+            outcome = result
+            if result.status is item or result.index:
+                followed = self._follow(result)
+                if followed is None:
+                    continue
+                outcome = followed
             record = pop(result.counter, None)
             if record is None:
                 continue
             settled += 1
             if record.gate is not None:
                 record.gate.inside -= 1
-            record.settle(result)
+            record.settle(outcome)
         self.last_result_s = monotonic()
         if frame.seconds and record is not None and record.lane is not None:
             record.lane.learn(len(frame.results), frame.seconds)
         self._pending.window.settled(settled, self.last_result_s)
         self._unblock()
+
+    def _follow(self, result: Result) -> Result | None:
+        """Bring a part of a stream to its call: gives the outcome when the stream is whole."""
+        record = self._pending.records.get(result.counter)
+        return None if record is None else record.follow(result)
 
     def _note(self, label: str, event: Event) -> None:
         record = self._pending.records.get(event.counter)

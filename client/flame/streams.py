@@ -7,11 +7,56 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Generic, Protocol, TypeVar
 
-from flame_broker.messages import Result
+from flame_broker.messages import Result, Status
 
-__all__ = ["ItemStream", "StreamSource"]
+__all__ = ["ItemStream", "Items", "StreamSource"]
 
 T = TypeVar("T")
+
+
+class Items:
+    """What has arrived of one generator call: its items by index, and its outcome.
+
+    Both may come in any order and more than once. When a worker is lost in the middle of a
+    stream, another run begins again at index 0: of two items with one index the first to arrive
+    counts, and of two outcomes the first whose items are all here.
+
+    Attributes:
+        ready: The items from the first one on, as far as none is missing.
+        large: One of them lies in the store.
+    """
+
+    __slots__ = ("_ahead", "_outcome", "large", "ready")
+
+    def __init__(self) -> None:
+        self.ready: list[Result] = []
+        self.large = False
+        self._ahead: dict[int, Result] = {}
+        self._outcome: Result | None = None
+
+    def add(self, result: Result) -> Result | None:
+        """Take an item or an outcome.
+
+        Returns:
+            The outcome, if with this every item before it is here.
+        """
+        if result.status is Status.ITEM:
+            self._add_item(result)
+        elif self._outcome is None or result.index < self._outcome.index:
+            self._outcome = result
+        outcome = self._outcome
+        if outcome is None or outcome.index > len(self.ready):
+            return None
+        if outcome.status is Status.OK and outcome.index < len(self.ready):
+            self.ready = self.ready[: outcome.index]  # an earlier run had given more
+        return outcome
+
+    def _add_item(self, item: Result) -> None:
+        if item.index >= len(self.ready):
+            self._ahead.setdefault(item.index, item)
+        while (following := self._ahead.pop(len(self.ready), None)) is not None:
+            self.large = self.large or following.ref is not None
+            self.ready.append(following)
 
 
 class StreamSource(Protocol):
@@ -53,26 +98,28 @@ class ItemStream(Generic[T]):
 
     def __next__(self) -> T:
         self._source.wait_for(self._has_news, None)
-        if not self._has_item():
+        item = self._next_item()
+        if item is None:
             try:
                 self._source.raise_failure()
             except StopIteration as exc:
                 # Passed on, it would be taken for the end of the stream (PEP 479).
                 raise RuntimeError("the call raised StopIteration") from exc
             raise StopIteration
-        return self._take()
+        return self._open(item)
 
     def __aiter__(self) -> ItemStream[T]:
         return self
 
     async def __anext__(self) -> T:
         await self._news()
-        if not self._has_item():
+        item = self._next_item()
+        if item is None:
             self._source.raise_failure()
             raise StopAsyncIteration
-        if self._source.items[self._position].ref is not None:
-            return await asyncio.get_running_loop().run_in_executor(None, self._take)
-        return self._take()
+        if item.ref is not None:
+            return await asyncio.get_running_loop().run_in_executor(None, self._open, item)
+        return self._open(item)
 
     async def _news(self) -> None:
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
@@ -81,15 +128,17 @@ class ItemStream(Generic[T]):
                 await arrived.wait()
                 arrived.clear()
 
-    def _has_item(self) -> bool:
-        return self._position < len(self._source.items)
+    def _next_item(self) -> Result | None:
+        # Asked for once: the list is another one when the end leaves items out.
+        items = self._source.items
+        return items[self._position] if self._position < len(items) else None
 
     def _has_news(self) -> bool:
         # "done" is read first: an item that comes before the end is then seen for certain.
-        return self._source.done() or self._has_item()
+        return self._source.done() or self._next_item() is not None
 
-    def _take(self) -> T:
-        value: T = self._source.open_item(self._source.items[self._position])
+    def _open(self, item: Result) -> T:
+        value: T = self._source.open_item(item)
         self._position += 1
         return value
 

@@ -195,6 +195,25 @@ async def test_a_spool_that_cannot_be_written_fails_the_call(lab: SlotLab) -> No
     assert await lab.call(square, 2) == 4
 
 
+async def test_an_item_that_the_spool_cannot_take_fails_its_call_and_no_other(lab: SlotLab) -> None:
+    def texts(*sizes: int) -> Iterator[str]:
+        for size in sizes:
+            yield "x" * size
+
+    lab.spool_dir.rmdir()
+    batch = lab.batch(texts, [(1, 100_000, 1), (2, 3)])
+    lab.slot.give(batch)
+    await lab.until_ended(batch)
+    first, second = (lab.results[call.counter] for call in batch.calls)
+    assert [(r.status, r.index) for r in first] == [(Status.ITEM, 0), (Status.FAILED, 1)]
+    assert type(lab.outcome(batch.calls[0].counter)).__name__ == "StoreError"
+    assert [(r.status, r.index) for r in second] == [
+        (Status.ITEM, 0),
+        (Status.ITEM, 1),
+        (Status.OK, 2),
+    ]
+
+
 async def test_references_are_mapped_from_the_cache(lab: SlotLab) -> None:
     def total(array: Any) -> tuple[float, bool]:
         return float(array.sum()), array.flags.writeable

@@ -184,12 +184,14 @@ class Bench:
         """Wait until so many results have arrived and nothing is held."""
         await eventually(lambda: len(self.finals) >= calls and not self.intake.held, 5)
 
-    def spooled(self, counter: int, content: bytes, status: Status) -> SpooledResult:
+    def spooled(
+        self, counter: int, content: bytes, status: Status, index: int = 0
+    ) -> SpooledResult:
         """A large result, as a child leaves it in the spool."""
         digest = sha256(content).hexdigest()
-        path = self.folder / f"spooled-{counter}"
+        path = self.folder / f"spooled-{counter}-{index}"
         path.write_bytes(content)
-        return SpooledResult(counter, status, path, len(content), digest)
+        return SpooledResult(counter, status, path, len(content), digest, index)
 
     @property
     def finals(self) -> list[Result]:

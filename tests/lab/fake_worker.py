@@ -188,7 +188,7 @@ class FakeWorker:
             value = self._target(frame.spec.target)(*self._arguments(call)[0], **self._kwargs)
             if isinstance(value, GeneratorType):
                 items = [self._result(call, item, Status.ITEM, n) for n, item in enumerate(value)]
-                return [*items, self._result(call, None, Status.OK, len(items))]
+                return [*items, self._result(call, None if items else [], Status.OK, len(items))]
             return [self._result(call, value, Status.OK, 0)]
         except Exception as exc:  # noqa: BLE001  # the target may raise anything
             return [Result(call.counter, Status.ERROR, encode_error(exc))]

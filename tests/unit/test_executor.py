@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import flame
-from flame_broker.errors import ConfigError, PackagingError
+from flame_broker.errors import ConfigError, FlameError, PackagingError
 from lab.fake_worker import FakeWorker
 from lab.wait import wait_until
 
@@ -198,3 +198,44 @@ def test_as_completed_over_several_executors(
         futures = [executor.submit(square, 2), other.submit(square, 3)]
         results = {future.result() for future in concurrent.futures.as_completed(futures, 10)}
     assert results == {4, 9}
+
+
+def test_waiting_for_a_shutdown_inside_a_callback_is_refused(
+    client: flame.Client, worker: FakeWorker
+) -> None:
+    worker.hold()
+    executor = flame.Executor(client=client)
+    outcomes: list[object] = []
+    called = threading.Event()
+
+    def shut_down(_: object) -> None:
+        outcomes.append(executor.submit(square, 2))
+        try:
+            executor.shutdown()
+        except FlameError as exc:
+            outcomes.append(exc)
+        outcomes.append(executor.submit(square, 3))  # nothing was shut down
+        executor.shutdown(wait=False)
+        called.set()
+
+    executor.submit(square, 1).add_done_callback(shut_down)
+    worker.release()
+    assert called.wait(10)
+    before, refused, after = outcomes
+    assert "shutdown(wait=False)" in str(refused)
+    assert isinstance(before, flame.ObjectFuture)
+    assert isinstance(after, flame.ObjectFuture)
+    assert [before.result(10), after.result(10)] == [4, 9]
+    executor.shutdown()
+
+
+def test_a_shutdown_with_nothing_to_wait_for_may_happen_inside_a_callback(
+    client: flame.Client,
+) -> None:
+    executor = flame.Executor(client=client)
+    called = threading.Event()
+    future = executor.submit(square, 1)
+    future.add_done_callback(lambda _: (executor.shutdown(), called.set()))
+    assert called.wait(10)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(square, 2)

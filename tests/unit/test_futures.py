@@ -7,7 +7,6 @@ import concurrent.futures
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
 from concurrent.futures import (
     ALL_COMPLETED,
     FIRST_COMPLETED,
@@ -49,10 +48,6 @@ def refuse(value: object) -> None:
 
 def many_bytes(size: int) -> bytes:
     return bytes(size)
-
-
-def count_to(limit: int) -> Iterator[int]:
-    yield from range(limit)
 
 
 def test_a_call_gives_its_result(runner: flame.Runner) -> None:
@@ -300,59 +295,6 @@ def test_the_reference_of_a_small_result_can_be_had(
 def test_a_failed_call_has_no_reference(runner: flame.Runner) -> None:
     with pytest.raises(Odd):
         runner.service(refuse)(1).ref()
-
-
-def test_a_generator_is_a_stream_and_a_list(runner: flame.Runner) -> None:
-    future = runner.service(count_to)(5)
-    assert list(future.stream()) == [0, 1, 2, 3, 4]
-    assert future.get(10) == [0, 1, 2, 3, 4]
-    assert list(future.stream()) == [0, 1, 2, 3, 4]
-
-
-def test_stream_items_arrive_before_the_end(runner: flame.Runner, worker: FakeWorker) -> None:
-    worker.hold()
-    future = runner.service(count_to)(0)
-    wait_until(lambda: worker.frames)
-    frame = worker.frames[0]
-
-    def send(*results: Result) -> None:
-        worker.send(ResultFrame(frame.reply, frame.client, "w", results), frame.reply)
-
-    stream = future.stream()
-    send(Result(1, Status.ITEM, b"\x00\x07", None, 0))
-    assert next(stream) == 7
-    assert future.running()
-    send(Result(1, Status.ITEM, b"\x00\x07", None, 0))  # a second run repeats it
-    send(Result(1, Status.ITEM, b"\x00\x08", None, 1))
-    assert next(stream) == 8
-    send(Result(1, Status.OK, b"\x00\xc0", None, 2))
-    assert next(stream, "end") == "end"
-    assert future.get() == [7, 8]
-
-
-def test_async_for_over_a_stream(runner: flame.Runner) -> None:
-    async def main() -> list[int]:
-        return [item async for item in runner.service(count_to)(4).stream()]
-
-    assert asyncio.run(main()) == [0, 1, 2, 3]
-
-
-def test_a_stream_raises_what_the_call_raised_after_its_items(
-    runner: flame.Runner, worker: FakeWorker
-) -> None:
-    worker.hold()
-    future = runner.service(count_to)(0)
-    wait_until(lambda: worker.frames)
-    frame = worker.frames[0]
-    results = (
-        Result(1, Status.ITEM, b"\x00\x07", None, 0),
-        Result(1, Status.FAILED, encode_failure(CallCancelled, "stop"), None, 1),
-    )
-    worker.send(ResultFrame(frame.reply, frame.client, "w", results), frame.reply)
-    stream = future.stream()
-    assert next(stream) == 7
-    with pytest.raises(CallCancelled):
-        next(stream)
 
 
 def test_progress_and_output_reach_the_future(

@@ -215,9 +215,11 @@ class CallLoop:
             return status, b"", self._spool.write(encoded)
         except OSError as exc:
             message = f"the worker has no room for a result of {encoded.nbytes} bytes: {exc}"
-            return _FAILED, encode_failure(StoreError, message), None
+            raise _NoRoom(message) from exc
 
     def _describe(self, exc: BaseException) -> Outcome:
+        if isinstance(exc, _NoRoom):
+            return _FAILED, encode_failure(StoreError, str(exc)), None
         if exc is self._interrupts.raised and isinstance(exc, FlameError):
             return _FAILED, encode_failure(type(exc), str(exc)), None
         if isinstance(exc, MemoryError) and self._settings.memory_bytes:
@@ -276,6 +278,10 @@ class CallLoop:
                 os.close(descriptor)
             except OSError:
                 continue  # the call had closed it already
+
+
+class _NoRoom(StoreError):
+    """The spool cannot take a result, or an item: then the call ends, lest its stream has a gap."""
 
 
 class _Broken:

@@ -192,14 +192,13 @@ class Dispatcher:
     def on_results(self, slot: Slot, batch: Batch, results: list[Result | SpooledResult]) -> None:
         """Pass results on; large ones through the store."""
         given: _Given = batch.context  # type: ignore[assignment]  # the context is ours
-        inline = [result for result in results if type(result) is Result]
         given.unfinished -= sum(result.status is not Status.ITEM for result in results)
-        if inline:
+        ready: list[Result] = results  # type: ignore[assignment]  # unless one of them is large:
+        if given.holding.convoys or SpooledResult in map(type, results):
+            ready = self._spool.in_order(given.holding, results)
+        if ready:
             seconds, given.seconds = batch.seconds - given.seconds, batch.seconds
-            self._outbox.results(given.holding, inline, seconds=seconds)
-        for result in results:
-            if type(result) is SpooledResult:
-                self._spool.upload(given.holding, result)
+            self._outbox.results(given.holding, ready, seconds=seconds)
 
     def on_done(self, slot: Slot, batch: Batch, seconds: float) -> None:
         """Learn from a finished batch and fill the slot again."""
@@ -239,10 +238,7 @@ class Dispatcher:
         if lost.running is not None:
             batch, counter = lost.running
             payload = encode_failure(lost.reason, lost.message)
-            self._outbox.results(
-                batch.context.holding,  # type: ignore[attr-defined]
-                [Result(counter, Status.FAILED, payload)],
-            )
+            self.on_results(slot, batch, [Result(counter, Status.FAILED, payload)])
         for batch, counter in chain(lost.unsent, lost.unstarted):
             call = next(c for c in batch.calls if c.counter == counter)
             self._outbox.hand_back(batch.context.holding, [call])  # type: ignore[attr-defined]

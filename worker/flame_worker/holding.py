@@ -10,6 +10,7 @@ from pathlib import Path
 from flame_broker.keys import Key
 from flame_broker.messages import Call, CallFrame
 from flame_broker.store.cache import Pin
+from flame_worker.convoy import Convoy
 
 __all__ = ["Ack", "Holding"]
 
@@ -26,11 +27,12 @@ class Holding:
         key: What it was signed with; signs its results.
         on_settled: Told when the frame is acked.
         waiting: Calls that no slot has been given yet.
-        unsettled: Calls whose outcome (or hand-back) is not confirmed yet.
+        unsettled: Calls whose outcome (or hand-back) is not confirmed yet, and items of theirs.
         since: When its oldest waiting call began to wait here, in loop time.
         suspect: Runs alone (PROTOCOL.md, rule 4).
         target_path: The target by value, on this node.
         pins: Keep the objects that its calls need on this node.
+        convoys: Of calls whose results wait for a large one, by counter.
     """
 
     acks: list[Ack]
@@ -43,13 +45,14 @@ class Holding:
     suspect: bool = False
     target_path: Path | None = None
     pins: list[Pin] = field(default_factory=list)
+    convoys: dict[int, Convoy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.waiting = deque(self.frame.calls)
         self.unsettled = len(self.frame.calls)
 
     def settle(self, calls: int) -> None:
-        """Note that so many calls are safe elsewhere; with the last one the frame is acked."""
+        """Note that so many calls or items are safe elsewhere; with the last the frame is acked."""
         self.unsettled -= calls
         if self.unsettled <= 0:
             for ack in self.acks:

@@ -107,8 +107,9 @@ class Outbox:
                 parcel = self._parcels[address] = _Parcel(holding)
             parcel.results.append(result)
             parcel.nbytes += len(result.payload)
-            # A large item counts as a call of its own: it comes from the store, in its own time.
-            finished += result.status is not Status.ITEM or result.ref is not None
+            if result.status is Status.ITEM:
+                holding.unsettled += 1  # its call may be confirmed first, and must not be forgotten
+            finished += 1
         parcel.finished[holding] += finished
         if len(parcel.results) >= SHORT_FRAME_CALLS or parcel.nbytes >= FRAME_BYTES:
             self._send(self._parcels.pop(address))

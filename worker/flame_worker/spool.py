@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from flame_broker.errors import ConfigError, FlameError, StoreError
 from flame_broker.logs import get_logger
@@ -17,6 +17,7 @@ from flame_broker.objects import ObjectRef
 from flame_broker.outcomes import encode_failure
 from flame_broker.store import Store
 from flame_broker.store.cache import NodeCache, Pin
+from flame_worker.convoy import Convoy
 from flame_worker.holding import Holding
 from flame_worker.outbox import Outbox
 from flame_worker.slots import SpooledResult
@@ -47,13 +48,21 @@ class Spool:
         self._outbox = outbox
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="flame-spool")
         self._targets: OrderedDict[str, Pin] = OrderedDict()
-        self._work: set[asyncio.Future[None]] = set()
+        self._work: set[asyncio.Task[Any]] = set()
 
-    def upload(self, holding: Holding, result: SpooledResult) -> None:
-        """Store a large result, then send its reference. The node keeps a copy in its cache."""
-        if result.status is Status.ITEM:
-            holding.unsettled += 1  # its call may end before it is stored
-        self._spawn(self._upload(holding, result))
+    def in_order(self, holding: Holding, results: Iterable[Result | SpooledResult]) -> list[Result]:
+        """Begin to store large results; their references are sent when they are there.
+
+        Returns:
+            The results that may be sent now. Those behind a large one of the same call follow it.
+        """
+        ready: list[Result] = []
+        for result in results:
+            if isinstance(result, Result) and result.counter not in holding.convoys:
+                ready.append(result)
+            else:
+                self._join(holding, result)
+        return ready
 
     def needed(self, frame: CallFrame) -> list[ObjectRef]:
         """What must be held on this node before a frame's calls may start."""
@@ -120,17 +129,44 @@ class Spool:
         if len(self._targets) > _TARGETS:
             self._targets.popitem(last=False)[1].release()
 
-    async def _upload(self, holding: Holding, result: SpooledResult) -> None:
+    def _join(self, holding: Holding, result: Result | SpooledResult) -> None:
+        convoy = holding.convoys.setdefault(result.counter, Convoy())
+        convoy.ended = result.status is not Status.ITEM
+        if isinstance(result, Result):
+            convoy.add(result)
+        elif convoy.failed:
+            result.path.unlink(missing_ok=True)
+        else:
+            upload = self._spawn(self._upload(result))
+            convoy.add(upload)
+            upload.add_done_callback(partial(self._advance, holding, result.counter))
+        self._release(holding, result.counter)
+
+    def _advance(self, holding: Holding, counter: int, upload: asyncio.Future[Result]) -> None:
+        """A large result is stored, or never will be."""
+        if not upload.cancelled():
+            self._release(holding, counter)
+
+    def _release(self, holding: Holding, counter: int) -> None:
+        convoy = holding.convoys.get(counter)
+        if convoy is None:
+            return  # the call failed and has ended: what was still on its way is for nobody
+        ready = convoy.take()
+        if convoy.over:
+            del holding.convoys[counter]
+        if ready:
+            self._outbox.results(holding, ready)
+
+    async def _upload(self, result: SpooledResult) -> Result:
+        """Store a large result. The node keeps a copy in its cache."""
         ref = ObjectRef(f"objects/{result.sha256}", result.size, result.sha256)
         try:
             await self._in_thread(self._store_file, ref, result.path)
         except (FlameError, OSError) as problem:
             _log.warning("result.upload_failed", reason=str(problem))
             payload = encode_failure(StoreError, f"the result could not be stored: {problem}")
-            sent = Result(result.counter, Status.FAILED, payload)
-        else:
-            sent = Result(result.counter, result.status, b"", ref, result.index)
-        self._outbox.results(holding, [sent])
+            return Result(result.counter, Status.FAILED, payload, None, result.index)
+        return Result(result.counter, result.status, b"", ref, result.index)
 
     def _store_file(self, ref: ObjectRef, path: Path) -> None:
         try:
@@ -156,10 +192,11 @@ class Spool:
             self._threads, partial(work, *args, **kwargs)
         )
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
+        return task
 
 
 def _target_ref(target: Target) -> ObjectRef:
