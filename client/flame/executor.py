@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.thread
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
@@ -24,8 +27,41 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class _Executors:
+    """The executors of this process; the interpreter does not end before their calls have."""
+
+    def __init__(self) -> None:
+        self._made: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self.ending = False
+
+    def add(self, executor: Executor) -> None:
+        """Note one to be waited for."""
+        with self._lock:
+            self._made.add(executor)
+
+    def finish(self) -> None:
+        """Accept no more calls anywhere, and wait for those that were made."""
+        with self._lock:
+            self.ending = True
+            made = [*self._made]
+        for executor in made:
+            executor.shutdown(wait=True)
+
+    def forget_locks(self) -> None:
+        """In a forked child: locks that were held at the fork stay held for ever."""
+        self._lock = threading.Lock()
+        for executor in [*self._made]:
+            executor.forget_locks()
+
+
+_executors = _Executors()
+
+
 class Executor(concurrent.futures.Executor):
     """Runs functions on the workers; a drop-in for the standard library's executors.
+
+    As theirs do, it keeps the program from ending before its calls have, shut down or not.
 
     A function is packed when it is first submitted and known by identity from then on: if its
     closure or the globals it uses change later, workers keep what was sent first. ``cancel()``
@@ -60,14 +96,17 @@ class Executor(concurrent.futures.Executor):
         self._callers = TargetCache()
         self._lock = threading.Lock()
         self._shut = False
+        _executors.add(self)
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> ObjectFuture[R]:
         """Start ``fn(*args, **kwargs)`` on a worker.
 
         Raises:
-            RuntimeError: The executor was shut down.
+            RuntimeError: The executor was shut down, or the program ends.
         """
         with self._lock:
+            if _executors.ending:
+                raise RuntimeError("cannot schedule new futures after interpreter shutdown")
             if self._shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             caller: Caller = self._callers.find(fn, lambda: self._make_caller(fn))
@@ -94,7 +133,7 @@ class Executor(concurrent.futures.Executor):
         """Accept no more calls.
 
         Args:
-            wait: Return when all calls have ended.
+            wait: Return when all calls have ended. If not, the program waits for them as it ends.
             cancel_futures: Cancel the calls that have not started. Those that are published are
                 asked back from the workers, and end as cancelled when a worker says so.
         """
@@ -106,6 +145,10 @@ class Executor(concurrent.futures.Executor):
         if wait:
             concurrent.futures.wait(futures)
 
+    def forget_locks(self) -> None:
+        """In a forked child: see ``ObjectFuture.forget_locks``."""
+        self._lock = threading.Lock()
+
     def _pending(self) -> list[ObjectFuture[Any]]:
         """Our futures that are not done; the client's table has every one."""
         if self._client is None:
@@ -116,3 +159,10 @@ class Executor(concurrent.futures.Executor):
         published = [future for future in futures if not future.recall()]
         if published and self._client is not None:
             self._client.session.desk.recall(published)
+
+
+os.register_at_fork(after_in_child=_executors.forget_locks)
+# As concurrent.futures.thread does it, and after it, so that this is called before: calls that are
+# waited for may need its pools (an upload), and those accept no work once its turn has come. A
+# function of atexit would be too late. Ctrl-C ends the wait, and is told of as theirs is.
+threading._register_atexit(_executors.finish)  # type: ignore[attr-defined]  # noqa: SLF001
