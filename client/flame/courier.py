@@ -198,6 +198,10 @@ class Courier:
         """Whether workers can be asked and told."""
         return self._inquiry.reaches_workers
 
+    def get_ready(self) -> None:
+        """Do what needs pools of threads before the interpreter ends those: store new targets."""
+        asyncio.run_coroutine_threadsafe(self._sender.get_ready(_DRAIN_S), self._loop).result()
+
     def close(self) -> None:
         """Send what is queued, disconnect, end the thread. What is pending fails."""
         if self._closed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import concurrent.futures.thread
 import os
 import threading
 import weakref
@@ -162,7 +161,7 @@ class Executor(concurrent.futures.Executor):
 
 
 os.register_at_fork(after_in_child=_executors.forget_locks)
-# As concurrent.futures.thread does it, and after it, so that this is called before: calls that are
-# waited for may need its pools (an upload), and those accept no work once its turn has come. A
-# function of atexit would be too late. Ctrl-C ends the wait, and is told of as theirs is.
+# As concurrent.futures.thread does it; registered after it and after the client, so that this is
+# called before them: the calls may need pools of threads, which take no work once their turn has
+# come. A function of atexit would be too late. Ctrl-C ends the wait, and is told of as theirs is.
 threading._register_atexit(_executors.finish)  # type: ignore[attr-defined]  # noqa: SLF001

@@ -101,6 +101,12 @@ class Sender:
             self._busy.extend(stuck)
             self._wake()
 
+    async def get_ready(self, timeout_s: float) -> None:
+        """Wait until no lane is being made ready for its first frame."""
+        deadline = time() + timeout_s
+        while self._preparations and time() < deadline:
+            await asyncio.wait([*self._preparations], timeout=deadline - time())
+
     async def drain(self, timeout_s: float) -> None:
         """Wait until what may be sent is sent and confirmed."""
         deadline = time() + timeout_s
