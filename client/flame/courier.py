@@ -344,9 +344,8 @@ class Courier:
         left = [(n, r) for n in counters if (r := self.pending.records.pop(n, None)) is not None]
         if not left:
             return
-        # A record of several calls is packed in their order: the first so many are published.
-        first = set(counters[: left[0][1].published])
-        published = [n for n, _ in left if n in first]
+        # The calls of a record are packed in the order of their numbers.
+        published = [n for n, record in left if n <= record.published]
         if published:
             self._sender.released(left[0][1], len(published))
             self._sender.cancel(published)

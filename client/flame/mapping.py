@@ -48,6 +48,7 @@ class _Chunk:
         self.lane: Lane | None = lane
         self.counters = counters
         self.outcomes: dict[int, Outcome] = {}
+        self.futures: list[ObjectFuture[Any]] = []
         self.nbytes = 0
         self._full = threading.Event()
 
@@ -147,9 +148,8 @@ class MapResults(Iterator[Any]):
         chunks, self._chunks = self._chunks, deque()
         for chunk in chunks:
             self._session.courier.abandon(chunk.counters)
-            for outcome in [*chunk.outcomes.values()]:
-                if isinstance(outcome, ObjectFuture):
-                    outcome.cancel()
+            for future in chunk.futures:
+                future.cancel()
         self._current.clear()
         self._bar.close()
 
@@ -251,6 +251,8 @@ class MapResults(Iterator[Any]):
     def _add_future(self, chunk: _Chunk, counter: int, args: tuple[Any, ...]) -> None:
         """A call that cannot leave at once goes by itself; its future stands in for the outcome."""
         future = self._caller.submit(args, {})
+        future.ends_with_client = True
+        chunk.futures.append(future)
         Future.add_done_callback(future, lambda _: chunk.put(counter, future))
 
 

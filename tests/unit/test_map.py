@@ -156,6 +156,38 @@ def test_leaving_early_cancels_the_rest(runner: flame.Runner, worker: FakeWorker
     assert pending.window.inside == 0
 
 
+@pytest.mark.parametrize("items", [[None, 2, 3, 4], [1, 2, None, 4], [1, 2, 3, None]])
+def test_leaving_early_gives_the_room_back_whatever_was_not_sent(
+    runner: flame.Runner, worker: FakeWorker, items: list[object]
+) -> None:
+    service = runner.service(double, autoscale=False, warmup=2)
+    worker.hold()
+    unpicklable = threading.Lock()
+    results = service.map([unpicklable if item is None else item for item in items], chunk=4)
+    wait_until(lambda: sum(len(frame.calls) for frame in worker.frames) == 2)
+    published = [call.counter for frame in worker.frames for call in frame.calls]
+    results.close()
+    wait_until(lambda: worker.cancelled == published)
+    worker.release()
+    assert service(21).result(10) == 42
+    assert runner.client.session.courier.pending.window.inside == 0
+
+
+def test_leaving_early_cancels_items_that_travel_by_themselves(
+    runner: flame.Runner, worker: FakeWorker
+) -> None:
+    service = runner.service(length, autoscale=False)
+    worker.hold()
+    with service.map([bytes(70_000), bytes(70_001), b"small"]):
+        wait_until(lambda: worker.frames)
+    wait_until(lambda: len(worker.cancelled) == 1)
+    worker.release()
+    assert service(b"four").result(10) == 4
+    pending = runner.client.session.courier.pending
+    assert not pending.records
+    assert pending.window.inside == 0
+
+
 def test_one_clients_million_leaves_room_for_others_one(
     runner: flame.Runner, client: flame.Client, worker: FakeWorker
 ) -> None:
