@@ -58,7 +58,8 @@ class RunnerService(Generic[R]):
     ) -> MapResults:
         """Call once for each item, or with one item of each iterable, as ``map`` does.
 
-        Input is read lazily and at most 4,096 calls ahead of the results that were consumed.
+        Input is read lazily, at most 4,096 calls ahead of the results that were consumed, or as
+        many as keep arguments and results that are not consumed within about 32 MiB.
 
         Args:
             iterable: The first arguments.
