@@ -6,13 +6,17 @@ import concurrent.futures
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from time import monotonic
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
 from flame.calls import Caller
 from flame.client import default_client
 from flame.options import ServiceOptions, make_options
 from flame.packaging import TargetCache, pack_target
+from flame.progress import Bar
 from flame.window import Gate
 from flame_broker.errors import PackagingError
 
@@ -113,6 +117,36 @@ class Executor(concurrent.futures.Executor):
             future.owner = self
             return future
 
+    def map(
+        self,
+        fn: Callable[..., R],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,  # calls are packed as they come
+        buffersize: int | None = None,
+    ) -> Iterator[R]:
+        """Call for each item; the results in order, with a progress bar on a terminal.
+
+        Args:
+            fn: What to call.
+            iterables: The first arguments, the second, and so on; the shortest ends it.
+            timeout: Seconds from now on, after which reading a result raises ``TimeoutError``.
+            chunksize: Without effect, as with threads.
+            buffersize: How many calls may be ahead of the results that were read, as in Python
+                3.14; by default all are submitted at once.
+        """
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else monotonic() + timeout
+        calls = (self.submit(fn, *args) for args in zip(*iterables, strict=False))
+        futures = deque(islice(calls, buffersize))
+        bar = Bar(
+            futures[0].label if futures else "", None if buffersize is not None else len(futures)
+        )
+        return _in_order(futures, calls, deadline, bar)
+
     def _submit(self, caller: Caller, args: Any, kwargs: Any) -> ObjectFuture[Any]:
         try:
             return caller.submit(args, kwargs)
@@ -158,6 +192,28 @@ class Executor(concurrent.futures.Executor):
         published = [future for future in futures if not future.recall()]
         if published and self._client is not None:
             self._client.session.desk.recall(published)
+
+
+def _in_order(
+    futures: deque[ObjectFuture[R]],
+    more: Iterator[ObjectFuture[R]],
+    deadline: float | None,
+    bar: Bar,
+) -> Iterator[R]:
+    """The results, in order; whoever leaves early cancels the rest."""
+    try:
+        while futures:
+            futures.extend(islice(more, 1))
+            left = None if deadline is None else max(0.0, deadline - monotonic())
+            if not bar.wait(futures[0].wait, left):
+                raise TimeoutError(f"{futures[0]!r} is not done in time")
+            # Popped before the result is out: nothing here keeps either of them alive.
+            yield futures.popleft().result(0)
+            bar.advance(1)
+    finally:
+        for future in futures:
+            future.cancel()
+        bar.close()
 
 
 os.register_at_fork(after_in_child=_executors.forget_locks)
