@@ -64,7 +64,7 @@ class RunnerService(Generic[R]):
         Args:
             iterable: The first arguments.
             more: The second arguments, and so on; the shortest ends it.
-            chunk: Calls in one message, up to 64; by default it starts small and grows.
+            chunk: How many items are read and sent together, up to 256; by default few at first.
 
         Returns:
             The results in order. What a call raised is raised at its place.
