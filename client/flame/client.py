@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401  # so that its function is registered before ours
 import os
 import secrets
 import threading
@@ -167,9 +168,14 @@ class Client:
         """
         return self.session.courier.ask(lambda inquiry: inquiry.echo())
 
+    @property
+    def opened(self) -> Session | None:
+        """The connection of this process, if it has been made."""
+        return self._session
+
     def pending_futures(self) -> list[ObjectFuture[Any]]:
         """The futures of this process that are not done."""
-        session = self._session
+        session = self.opened
         records = [] if session is None else [*session.courier.pending.records.values()]
         return [record for record in records if isinstance(record, ObjectFuture)]
 
@@ -332,6 +338,12 @@ def _after_fork() -> None:
         client.after_fork()
 
 
+def _before_pools_end() -> None:
+    for session in [client.opened for client in [*_open_clients]]:
+        if session is not None:
+            session.courier.get_ready()
+
+
 def _close_all() -> None:
     for client in [*_open_clients]:
         try:
@@ -342,4 +354,6 @@ def _close_all() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+# What is registered later is called earlier: while the pools of threads still take work.
+threading._register_atexit(_before_pools_end)  # type: ignore[attr-defined]  # noqa: SLF001
 atexit.register(_close_all)

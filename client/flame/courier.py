@@ -198,6 +198,10 @@ class Courier:
         """Whether workers can be asked and told."""
         return self._inquiry.reaches_workers
 
+    def get_ready(self) -> None:
+        """Do what needs pools of threads before the interpreter ends those: store new targets."""
+        asyncio.run_coroutine_threadsafe(self._sender.get_ready(_DRAIN_S), self._loop).result()
+
     def close(self) -> None:
         """Send what is queued, disconnect, end the thread. What is pending fails."""
         if self._closed:
@@ -340,9 +344,8 @@ class Courier:
         left = [(n, r) for n in counters if (r := self.pending.records.pop(n, None)) is not None]
         if not left:
             return
-        # A record of several calls is packed in their order: the first so many are published.
-        first = set(counters[: left[0][1].published])
-        published = [n for n, _ in left if n in first]
+        # The calls of a record are packed in the order of their numbers.
+        published = [n for n, record in left if n <= record.published]
         if published:
             self._sender.released(left[0][1], len(published))
             self._sender.cancel(published)

@@ -52,7 +52,7 @@ class QueueDepth:
         kind: ``calls``, ``suspects``, ``dead``, ``parked``, ``ledger`` or ``replies``.
         resources: The resource class of calls.
         priority: The priority of calls.
-        messages: Messages that nobody has taken yet; one may hold up to 64 calls.
+        messages: Messages that nobody has taken yet; one may hold up to 256 calls.
         name: The queue, as the broker knows it.
     """
 

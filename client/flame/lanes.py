@@ -30,7 +30,7 @@ _WEIGHT = 0.3
 class Record(Protocol):
     """Who waits for the outcome of a call: a future, or a chunk of a map."""
 
-    published: int
+    published: int  # the number of its last call that went into a frame; 0 for none yet
     gate: Gate | None
     lane: Lane | None  # whose pace its results teach
     ends_with_client: bool  # cancel its calls when the client closes; others go on
@@ -138,6 +138,6 @@ class Lane:
             outbox.popleft()
             record = records.get(counter)
             if record is not None:
-                record.published += 1
+                record.published = counter
                 calls.append(call)
         return calls, expires_at

@@ -1,8 +1,10 @@
 """``service.map``: a million calls without a million futures.
 
 Input is read lazily, a chunk at a time; a chunk is one record that collects the outcomes of its
-calls. At most ``_AHEAD_CALLS`` are on their way or waiting to be consumed, so a slow consumer
-holds up the reading of the input, and memory stays bounded however long the input is.
+calls. At most ``_AHEAD_CALLS`` are on their way or waiting to be consumed, and fewer if
+``_AHEAD_BYTES`` do not hold their arguments and results, so a slow consumer holds up the reading of
+the input, and memory stays bounded however long the input is. How large results will be is learned
+from those that were read; until then they are taken for as large as a message carries.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ __all__ = ["MapResults"]
 _AHEAD_CALLS: Final = 4096
 _AHEAD_BYTES: Final = 32 * 1024 * 1024
 _SLOW_S: Final = 0.01  # for the items of one chunk; a list gives 64 in microseconds
+_WEIGHT: Final = 0.3  # of a chunk whose results are smaller than expected; larger count at once
 _CHUNKS_A_SIZE: Final = 4  # the first chunks are small, so that short maps spread over workers
 
 
@@ -58,13 +61,16 @@ class _Chunk:
         self.counters = counters
         self.outcomes: dict[int, Outcome] = {}
         self.streams: dict[int, Items] = {}
+        self.futures: list[ObjectFuture[Any]] = []
         self.nbytes = 0
+        self.result_bytes = 0
         self._full = threading.Event()
 
     def settle(self, result: Result) -> None:
         """Take the outcome of one call."""
         outcomes = self.outcomes
         outcomes[result.counter] = result
+        self.result_bytes += len(result.payload)
         if len(outcomes) == len(self.counters):
             self._full.set()
 
@@ -135,6 +141,7 @@ class MapResults(Iterator[Any]):
         self._current: deque[Outcome] = deque()
         self._ahead_calls = 0
         self._ahead_bytes = 0
+        self._result_bytes = float(INLINE_BYTES)  # of one call, as expected
         self._exhausted = False
         self._slow = False  # the input made us wait
         self._broken: BaseException | None = None
@@ -172,9 +179,8 @@ class MapResults(Iterator[Any]):
         chunks, self._chunks = self._chunks, deque()
         for chunk in chunks:
             self._session.courier.abandon(chunk.counters)
-            for outcome in [*chunk.outcomes.values()]:
-                if isinstance(outcome, ObjectFuture):
-                    outcome.cancel()
+            for future in chunk.futures:
+                future.cancel()
         self._current.clear()
         self._bar.close()
 
@@ -207,17 +213,22 @@ class MapResults(Iterator[Any]):
         self._chunks.popleft()
         self._ahead_calls -= len(chunk.counters)
         self._ahead_bytes -= chunk.nbytes
+        self._learn(chunk)
         self._current.extend(chunk.in_order())
         self._bar.advance(len(chunk.counters))
         self._fill()
 
+    def _learn(self, chunk: _Chunk) -> None:
+        more = chunk.result_bytes / len(chunk.counters) - self._result_bytes
+        self._result_bytes += more if more > 0 else _WEIGHT * more
+
+    def _may_read(self) -> bool:
+        expected = self._ahead_bytes + self._ahead_calls * self._result_bytes
+        return not self._exhausted and self._ahead_calls < _AHEAD_CALLS and expected < _AHEAD_BYTES
+
     def _fill(self) -> None:
         """Read as far ahead as is allowed."""
-        while (
-            not self._exhausted
-            and self._ahead_calls < _AHEAD_CALLS
-            and self._ahead_bytes < _AHEAD_BYTES
-        ):
+        while self._may_read():
             self._read_chunk(1 if self._slow else next(self._sizes))
             if self._slow and self._chunks and self._chunks[0].wait(0):
                 return  # whoever waits for results need not wait for the input as well
@@ -276,6 +287,8 @@ class MapResults(Iterator[Any]):
     def _add_future(self, chunk: _Chunk, counter: int, args: tuple[Any, ...]) -> None:
         """A call that cannot leave at once goes by itself; its future stands in for the outcome."""
         future = self._caller.submit(args, {})
+        future.ends_with_client = True
+        chunk.futures.append(future)
         Future.add_done_callback(future, lambda _: chunk.put(counter, future))
 
 

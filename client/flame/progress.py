@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +18,8 @@ __all__ = ["Bar", "on_terminal", "watch"]
 _PATIENCE_S: Final = 0.5  # what is over sooner shows no bar
 _TICK_S: Final = 0.1
 
+_screen = threading.Lock()  # held by the bar that is shown
+
 
 def on_terminal() -> bool:
     """Whether a person is watching."""
@@ -24,7 +27,7 @@ def on_terminal() -> bool:
 
 
 class Bar:
-    """A bar that appears after half a second, if at all.
+    """A bar that appears after half a second, if at all; never below another one.
 
     Args:
         label: What is going on.
@@ -50,18 +53,23 @@ class Bar:
         if not self._shown:
             return
         if self._progress is None and monotonic() - self._since > _PATIENCE_S:
+            if not _screen.acquire(blocking=False):
+                return
             self._appear()
         if self._progress is not None and self._task is not None:
             label = f"{self._label} {text}".rstrip()
             self._progress.update(self._task, completed=done, description=label)
 
-    def wait(self, wait: Callable[[float | None], bool]) -> None:
-        """Wait for something, drawing meanwhile."""
+    def wait(self, wait: Callable[[float | None], bool], timeout: float | None = None) -> bool:
+        """Wait for something, drawing meanwhile; False if it took longer than ``timeout``."""
         if not self._shown:
-            wait(None)
-            return
-        while not wait(_TICK_S):
+            return wait(timeout)
+        deadline = None if timeout is None else monotonic() + timeout
+        while not wait(_tick(deadline)):
+            if deadline is not None and monotonic() >= deadline:
+                return False
             self.update(self._done)
+        return True
 
     def close(self) -> None:
         """Leave the finished bar on the screen and give the terminal back."""
@@ -69,6 +77,7 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+            _screen.release()
 
     def _appear(self) -> None:
         from rich.console import Console
@@ -109,6 +118,7 @@ def watch(futures: Sequence[ObjectFuture[Any]], timeout: float | None) -> bool:
                 if deadline is not None and monotonic() >= deadline:
                     return False
                 _draw(bar, futures)
+        _draw(bar, futures)
     finally:
         bar.close()
     return True

@@ -107,6 +107,12 @@ class Sender:
             self._busy.extend(stuck)
             self._wake()
 
+    async def get_ready(self, timeout_s: float) -> None:
+        """Wait until no lane is being made ready for its first frame."""
+        deadline = time() + timeout_s
+        while self._preparations and time() < deadline:
+            await asyncio.wait([*self._preparations], timeout=deadline - time())
+
     async def drain(self, timeout_s: float) -> None:
         """Wait until what may be sent is sent and confirmed."""
         deadline = time() + timeout_s
@@ -243,18 +249,22 @@ class Sender:
         """Declare the queue, announce the class, upload the target; then look again."""
         if lane.preparing is None:
             lane.preparing = asyncio.ensure_future(self._make_ready(lane))
+            lane.preparing.add_done_callback(partial(self._made_ready, lane))
             self._keep(lane.preparing)
 
     async def _make_ready(self, lane: Lane) -> None:
-        try:
-            await self._declare(lane)
-            if lane.packed.blob is not None:
-                await asyncio.get_running_loop().run_in_executor(None, self._upload, lane)
-            lane.prepared = True
-        except FlameError as exc:
+        await self._declare(lane)
+        if lane.packed.blob is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._upload, lane)
+
+    def _made_ready(self, lane: Lane, made: asyncio.Future[None]) -> None:
+        lane.preparing = None
+        if made.cancelled():
+            return  # with the loop; the courier ends what waits
+        exc = made.exception()
+        lane.prepared = exc is None
+        if exc is not None:
             self._fail_all(lane, exc)
-        finally:
-            lane.preparing = None
         if lane.outbox:
             self.stir(lane)
 
@@ -277,10 +287,14 @@ class Sender:
             await self._transport.publish(stream.name, body)
         self._declared.add(lane.queue.name)
 
-    def _fail_all(self, lane: Lane, exc: FlameError) -> None:
+    def _fail_all(self, lane: Lane, exc: BaseException) -> None:
         """What waits in the lane now fails; the next call tries the preparation again."""
         level = _log.warning if isinstance(exc, StoreError) else _log.error
-        level("lane.not_ready", queue=lane.queue.name, reason=str(exc))
+        if isinstance(exc, FlameError):
+            level("lane.not_ready", queue=lane.queue.name, reason=str(exc))
+        else:
+            exc = _unforeseen(exc)
+            level("lane.not_ready", queue=lane.queue.name, reason=str(exc), exc_info=exc)
         while lane.outbox:
             call = lane.outbox.popleft()
             record = self._pending.records.pop(call.counter, None)
@@ -291,6 +305,12 @@ class Sender:
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._preparations.add(task)
         task.add_done_callback(self._preparations.discard)
+
+
+def _unforeseen(exc: BaseException) -> FlameError:
+    problem = FlameError(f"the call could not be sent: {type(exc).__name__}: {exc}")
+    problem.__cause__ = exc
+    return problem
 
 
 def _own(exc: BaseException, call: str) -> BaseException:

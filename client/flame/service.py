@@ -58,12 +58,13 @@ class RunnerService(Generic[R]):
     ) -> MapResults:
         """Call once for each item, or with one item of each iterable, as ``map`` does.
 
-        Input is read lazily and at most 4,096 calls ahead of the results that were consumed.
+        Input is read lazily, at most 4,096 calls ahead of the results that were consumed, or as
+        many as keep arguments and results that are not consumed within about 32 MiB.
 
         Args:
             iterable: The first arguments.
             more: The second arguments, and so on; the shortest ends it.
-            chunk: Calls in one message, up to 64; by default it starts small and grows.
+            chunk: How many items are read and sent together, up to 256; by default few at first.
 
         Returns:
             The results in order. What a call raised is raised at its place.

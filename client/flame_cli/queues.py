@@ -35,7 +35,7 @@ def queues(
     context: ContextName = None,
     json: Json = False,
 ) -> None:
-    """Show how many messages wait in the queues; one message holds up to 64 calls.
+    """Show how many messages wait in the queues; one message holds up to 256 calls.
 
     What a worker has taken is not counted. Calls wait by resource class and priority; "suspects"
     are run alone because their worker was lost, "dead" nobody can run, "parked" needs another key

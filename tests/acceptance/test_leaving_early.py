@@ -90,3 +90,25 @@ def test_a_program_on_redis_ends_without_a_word(redis_url: str, tmp_path: Path) 
     finally:
         cluster.close()
     assert (done.stdout, done.stderr, done.returncode) == ("3\n", "", 0)
+
+
+def test_a_call_of_a_services_last_line_is_left_to_the_cluster(
+    cluster: LabCluster, tmp_path: Path
+) -> None:
+    # The function is new to the cluster: it must be stored before the call can leave.
+    cluster.worker("--slots", "1")
+    ran = tmp_path / "ran"
+    program = (
+        "import flame, pathlib\n"
+        f"def touch(): pathlib.Path({str(ran)!r}).touch()\n"
+        "flame.Runner().service(touch)()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=cluster.environ,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+    wait_until(ran.exists)

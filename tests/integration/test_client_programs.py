@@ -112,16 +112,20 @@ SLOW = """
     with flame.Runner() as runner:
         service = runner.service(nap)
         print(sum(runner.get([service(n) for n in range(8)])))
-        print(sum(service.map(range(8))))
+        print(sum(service.map(range(7))))
+        futures = [service(n) for n in range(6)]
+        print(runner.wait(futures))
+    with flame.Executor() as executor:
+        print(sum(executor.map(nap, range(5))))
 """
 
 
-def test_progress_bars_are_for_terminals_only(run: Run, tmp_path: Path) -> None:
-    piped = run(SLOW)
-    assert (piped.stdout, piped.stderr) == ("28\n28\n", "")
+def _on_terminal(text: str, folder: Path) -> tuple[bytes, bytes]:
+    """What a program prints, and what it draws on the terminal that is its standard error."""
+    (folder / "program.py").write_text(textwrap.dedent(text))
     main, terminal = pty.openpty()
     shown = subprocess.Popen(
-        [sys.executable, "program.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal
+        [sys.executable, "program.py"], cwd=folder, stdout=subprocess.PIPE, stderr=terminal
     )
     os.close(terminal)
     drawn = b""
@@ -132,9 +136,39 @@ def test_progress_bars_are_for_terminals_only(run: Run, tmp_path: Path) -> None:
         pass  # what Linux says when the other side of a terminal is closed
     os.close(main)
     out, _ = shown.communicate(timeout=30)
-    assert out == b"28\n28\n"
+    return out, drawn
+
+
+def test_progress_bars_are_for_terminals_only(run: Run, tmp_path: Path) -> None:
+    piped = run(SLOW)
+    assert (piped.stdout, piped.stderr) == ("28\n21\nTrue\n10\n", "")
+    out, drawn = _on_terminal(SLOW, tmp_path)
+    assert out.decode() == piped.stdout
     assert b"nap" in drawn
-    assert b"8/8" in drawn
+    for all_of_them in (b"8/8", b"7/7", b"6/6", b"5/5"):
+        assert all_of_them in drawn
+
+
+def test_a_bar_inside_a_bar_is_left_out(tmp_path: Path) -> None:
+    _, shown = _on_terminal(
+        """
+        import time, flame
+
+        def nap(n):
+            time.sleep(0.8)
+            return n
+
+        runner = flame.Runner()
+        outer, inner = runner.service(nap), runner.service(lambda n: nap(n))
+        for n in outer.map(range(4)):
+            runner.get([inner(n) for n in range(3)])
+        runner.get([inner(n) for n in range(2)])
+    """,
+        tmp_path,
+    )
+    assert b"4/4" in shown
+    assert b"/3" not in shown
+    assert b"2/2" in shown
 
 
 def test_ctrl_c_ends_the_program_with_its_own_trace_only(tmp_path: Path) -> None:

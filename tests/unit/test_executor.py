@@ -83,6 +83,36 @@ def test_map_collects_its_input_at_once(executor: flame.Executor) -> None:
     assert next(numbers, None) is None
 
 
+def test_map_with_a_buffer_reads_its_input_only_so_far_ahead(executor: flame.Executor) -> None:
+    read: list[int] = []
+    results = executor.map(square, (n for n in range(20) if not read.append(n)), buffersize=3)
+    assert len(read) == 3
+    assert [next(results), next(results)] == [0, 1]
+    assert len(read) == 5
+    assert list(results) == [n * n for n in range(2, 20)]
+
+
+@pytest.mark.parametrize(("wrong", "error"), [(0, ValueError), (1.5, TypeError)])
+def test_a_buffer_of_no_size_is_refused(
+    executor: flame.Executor, wrong: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="buffersize"):
+        executor.map(square, [1], buffersize=wrong)
+
+
+def test_leaving_a_map_early_cancels_what_was_not_read(
+    executor: flame.Executor, worker: FakeWorker
+) -> None:
+    results = executor.map(square, range(3))
+    assert next(results) == 0
+    worker.hold()
+    more = executor.map(square, [7, 8], timeout=0.05)
+    with pytest.raises(TimeoutError):
+        next(more)
+    wait_until(lambda: len(worker.cancelled) == 2)
+    assert list(results) == [1, 4]
+
+
 def test_submit_after_shutdown_is_refused(client: flame.Client) -> None:
     executor = flame.Executor(client=client)
     executor.shutdown()

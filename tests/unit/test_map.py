@@ -11,7 +11,7 @@ import pytest
 
 import flame
 from flame_broker.errors import FlameError, PackagingError
-from flame_broker.messages import FRAME_CALLS
+from flame_broker.messages import FRAME_CALLS, SHORT_FRAME_CALLS
 from lab.fake_worker import FakeWorker
 from lab.wait import wait_until
 
@@ -103,6 +103,27 @@ def test_a_stalled_worker_stops_the_reading(runner: flame.Runner, worker: FakeWo
     assert sum(1 for _ in results) == 100_000
 
 
+def heavy(value: int) -> bytes:
+    return bytes(60_000)
+
+
+def test_a_slow_consumer_holds_up_large_results(runner: flame.Runner, worker: FakeWorker) -> None:
+    read: list[int] = []
+    results = runner.service(heavy).map(n for n in range(5_000) if not read.append(n))
+    for taken in range(1, 2_001):
+        next(results)
+        assert (len(read) - taken) * 60_000 <= 40 * 1024 * 1024
+    assert len(read) > 2_000 + FRAME_CALLS
+
+
+def test_results_that_prove_small_are_read_far_ahead(runner: flame.Runner) -> None:
+    read: list[int] = []
+    results = runner.service(double).map(n for n in range(50_000) if not read.append(n))
+    for _ in range(2_000):
+        next(results)
+    assert len(read) - 2_000 > 4096 - SHORT_FRAME_CALLS
+
+
 def test_an_exception_is_raised_at_its_place_and_iterating_goes_on(runner: flame.Runner) -> None:
     results = runner.service(refuse_odd).map(range(4))
     assert next(results) == 0
@@ -148,9 +169,43 @@ def test_futures_among_the_items_are_resolved(runner: flame.Runner) -> None:
 
 def test_leaving_early_cancels_the_rest(runner: flame.Runner, worker: FakeWorker) -> None:
     worker.hold()
-    with runner.service(double).map(range(1000)):
-        wait_until(lambda: sum(len(frame.calls) for frame in worker.frames) == 1000)
-    wait_until(lambda: len(worker.cancelled) == 1000)
+    with runner.service(double).map(range(500)):
+        wait_until(lambda: sum(len(frame.calls) for frame in worker.frames) == 500)
+    wait_until(lambda: len(worker.cancelled) == 500)
+    pending = runner.client.session.courier.pending
+    assert not pending.records
+    assert pending.window.inside == 0
+
+
+@pytest.mark.parametrize("items", [[None, 2, 3, 4], [1, 2, None, 4], [1, 2, 3, None]])
+def test_leaving_early_gives_the_room_back_whatever_was_not_sent(
+    runner: flame.Runner, worker: FakeWorker, items: list[object]
+) -> None:
+    service = runner.service(double, autoscale=False, warmup=2)
+    worker.hold()
+    unpicklable = threading.Lock()
+    results = service.map([unpicklable if item is None else item for item in items], chunk=4)
+    wait_until(lambda: sum(len(frame.calls) for frame in worker.frames) == 2)
+    published = [call.counter for frame in worker.frames for call in frame.calls]
+    results.close()
+    wait_until(lambda: worker.cancelled == published)
+    worker.release()
+    assert service(21).result(10) == 42
+    assert runner.client.session.courier.pending.window.inside == 0
+
+
+def test_leaving_early_cancels_items_that_travel_by_themselves(
+    runner: flame.Runner, worker: FakeWorker
+) -> None:
+    service = runner.service(length, autoscale=False)
+    worker.hold()
+    with service.map([bytes(70_000), bytes(70_001), b"small"]):
+        wait_until(lambda: worker.frames)
+    wait_until(
+        lambda: {*worker.cancelled} == {c.counter for frame in worker.frames for c in frame.calls}
+    )
+    worker.release()
+    assert service(b"four").result(10) == 4
     pending = runner.client.session.courier.pending
     assert not pending.records
     assert pending.window.inside == 0

@@ -107,15 +107,15 @@ class Spool:
         try:
             for pin in await asyncio.gather(*(self._hold(ref) for ref in once.values())):
                 holding.pins.append(pin)
+            target = holding.frame.spec.target.sha256
+            if target in once:
+                self._keep_target(target)
         except FlameError as problem:
             otherwise(problem)
             return
         except OSError as problem:
             otherwise(StoreError(f"this node failed: {problem}"))
             return
-        target = holding.frame.spec.target.sha256
-        if target in once:
-            self._keep_target(target)
         then()
 
     async def _hold(self, ref: ObjectRef) -> Pin:

@@ -1,0 +1,52 @@
+"""What is done before the first frame of a lane, and what becomes of its calls if that fails."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+import flame
+from flame.values import Values
+from flame_broker.errors import FlameError
+from lab.fake_worker import FakeWorker
+
+
+def double(value: int) -> int:
+    return value * 2
+
+
+@pytest.fixture
+def broken_upload(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Uploads of targets fail in a way that nobody foresaw."""
+
+    def put_target(*_: object) -> None:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(Values, "put_target", put_target)
+    return monkeypatch
+
+
+def test_whatever_fails_before_the_first_frame_fails_the_calls(
+    runner: flame.Runner, broken_upload: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = runner.service(lambda value: value + 1)
+    with pytest.raises(FlameError, match="LookupError: a bug") as caught:
+        service(1).result(10)
+    assert isinstance(caught.value.__cause__, LookupError)
+    with caplog.at_level(logging.ERROR, "flame"):
+        assert isinstance(service(2).exception(10), FlameError)
+    assert "lane.not_ready" in caplog.text
+    assert "put_target" in caplog.text  # a bug shows where it is
+
+
+def test_the_next_call_tries_again(
+    runner: flame.Runner, broken_upload: pytest.MonkeyPatch, worker: FakeWorker
+) -> None:
+    service = runner.service(lambda value: value + 1)
+    assert service(1).exception(10) is not None
+    broken_upload.undo()
+    assert service(2).result(10) == 3
+    pending = runner.client.session.courier.pending
+    assert not pending.records
+    assert pending.window.inside == 0
