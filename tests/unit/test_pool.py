@@ -185,3 +185,14 @@ async def test_a_slot_that_is_leaving_when_the_worker_ends_is_ended_too() -> Non
 def _some_batch() -> Batch:
     frame = frame_of([1])
     return Batch(frame.spec, "c0", frame.calls, None, object())
+
+
+async def test_there_are_no_more_default_slots_than_were_asked_for(tmp_path: Path) -> None:
+    async with bench(tmp_path, slots=1, capacity=Capacity(4, 2**34)) as lab:
+        await lab.submit(frame_of(range(4)))
+        await eventually(lambda: lab.slots[0].started == [0], 5)
+        lab.pool.grow("c1")
+        assert lab.pool.room("c1") == 0
+        assert len(lab.slots) == 1
+        lab.pool.grow("c2")
+        await eventually(lambda: lab.pool.width("c2") == 1, 5)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from itertools import count
+from math import inf
 from typing import Final, Protocol
 
 from flame_broker.errors import FlameError, ResourceError
@@ -84,12 +85,14 @@ class SlotPool:
         self._numbers = count()
         self._cpu = capacity.cpu
         self._extra = 0
+        self._most_default = inf  # until it starts
         self._starting: set[asyncio.Task[None]] = set()
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def start(self, slots: int) -> None:
         """Start the slots of the default class, side by side."""
         self._cpu = max(self.capacity.cpu, slots)
+        self._most_default = slots
         request = ResourceRequirement.from_class_name(DEFAULT_CLASS)
         seats = [_Seat(None, request, None) for _ in range(slots)]
         self._of(DEFAULT_CLASS).extend(seats)
@@ -125,8 +128,8 @@ class SlotPool:
             return 0
         request = ResourceRequirement.from_class_name(class_name)
         free, cards = self._free_without(self._idle_elsewhere(class_name))
-        more = 0
-        while _take(request, free, cards):
+        more, spare = 0, self._spare(class_name)
+        while more < spare and _take(request, free, cards):
             free -= request
             more += 1
         return len(self.idle(class_name)) + more
@@ -152,7 +155,7 @@ class SlotPool:
     def grow(self, class_name: str) -> None:
         """Start one more slot of a class, retiring idle slots of others if that makes the room."""
         request = ResourceRequirement.from_class_name(class_name)
-        if self.reserved_class not in (None, class_name):
+        if self.reserved_class not in (None, class_name) or self._spare(class_name) <= 0:
             return
         if any(seat.starting for seat in self._of(class_name)):
             return
@@ -194,6 +197,12 @@ class SlotPool:
         ends = [slot.close(grace_s=grace_s) for slot in self.slots()]
         await asyncio.gather(*ends, *self._leaving)
         self._seats.clear()
+
+    def _spare(self, class_name: str) -> float:
+        """How many slots more of a class there may be: of the default one, what was asked for."""
+        if class_name != DEFAULT_CLASS:
+            return inf
+        return self._most_default + self._extra - len(self._of(class_name))
 
     def _of(self, class_name: str) -> list[_Seat]:
         return self._seats.setdefault(class_name, [])
