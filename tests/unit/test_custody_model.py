@@ -382,7 +382,7 @@ def test_no_interleaving_of_faults_breaks_a_promise() -> None:
     run_state_machine_as_test(
         Custody,
         settings=settings(
-            max_examples=80,
+            max_examples=150,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
