@@ -39,6 +39,17 @@ test: $(VENV)/.dev  ## Run all tests; installs RabbitMQ and Redis when they are 
 	@tools/require rabbitmq-server=rabbitmq-server redis-server=redis-server
 	@$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: test-all
+test-all: test  ## Run all tests, then those of the broker against RabbitMQ 4 (root, debootstrap)
+	@PYTHONPATH=tests $(BIN)/python -m lab.debian || echo "Without it the tests below are skipped"
+	@LAB_RABBIT=4 $(BIN)/python -m pytest tests/integration tests/acceptance/test_broker_faults.py \
+		$(ARGS)
+
+.PHONY: soak
+soak: $(VENV)/.dev  ## Run the stories that take many minutes (LAB_PAUSE_S=20 shortens them)
+	@tools/require rabbitmq-server=rabbitmq-server
+	@$(BIN)/python -m pytest tests/soak -m soak $(ARGS)
+
 .PHONY: unit
 unit: $(VENV)/.dev  ## Run the tests that need no service
 	@$(BIN)/python -m pytest tests/unit $(ARGS)

@@ -14,6 +14,7 @@ from flame.errors import BrokerUnavailable
 from lab import RabbitNode, TcpProxy
 from lab.cluster import LabCluster
 from lab.ports import free_port
+from lab.rabbit_client import drop_connection
 from lab.wait import wait_until
 
 
@@ -123,6 +124,29 @@ def test_cut_connections_lose_nothing(
                 proxy.cut()
             assert runner.get(futures, timeout=60) == list(range(600))
             assert set(counted.values()) == {1}
+
+
+@pytest.mark.parametrize("role", ["publisher", "consumer"])
+@pytest.mark.parametrize("victim", ["flame-worker", "flame client"])
+@pytest.mark.timeout(180)
+def test_one_cut_connection_of_the_two_loses_nothing(
+    cluster: LabCluster, rabbit: RabbitNode, tmp_path: Path, victim: str, role: str
+) -> None:
+    cluster.worker("--slots", "2")
+    with cluster.client() as client, flame.Runner("t", client=client) as runner:
+        service = runner.service(note)
+        futures = [service(str(tmp_path), i, 0.03) for i in range(600)]
+        counted = resolutions(futures)
+        for share in (20, 200):
+            wait_until(lambda: sum(f.done() for f in futures) >= share, 60)  # noqa: B023
+            cut = drop_connection(rabbit, role, of=f'{victim} [^"]+', url=cluster.broker_url)
+            assert cut == 1
+        assert not all(f.done() for f in futures), "they were cut too late"
+        assert runner.get(futures, timeout=90) == list(range(600))
+        assert set(counted.values()) == {1}
+        assert service(str(tmp_path), 600).get(timeout=30) == 600
+    runs = [len((tmp_path / str(number)).read_text()) for number in range(600)]
+    assert set(runs) == {1}  # a worker knows what it has in hand when that is delivered again
 
 
 def test_a_reply_queue_that_expired_is_replaced_and_later_calls_resolve(

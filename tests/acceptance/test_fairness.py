@@ -67,12 +67,15 @@ def test_a_million_calls_of_one_client_do_not_stand_before_one_of_another(
                 assert time.monotonic() - began < 2
 
 
-def test_a_large_call_among_endless_small_ones_gets_its_turn(cluster: LabCluster) -> None:
-    cluster.worker("--slots", "2", "--cpu", "2")
+@pytest.mark.parametrize("cpus", [2, 8])
+def test_a_large_call_among_endless_small_ones_gets_its_turn(
+    cluster: LabCluster, cpus: int
+) -> None:
+    cluster.worker("--slots", str(cpus), "--cpu", str(cpus))
     with cluster.client() as client, flame.Runner("t", client=client) as runner:
         with flooded(runner.service(work), MILLION, 0.02):
             began = time.monotonic()
-            large = runner.service(work, resreq="cpu=2")
+            large = runner.service(work, resreq=f"cpu={cpus}")
             assert large(1).get(timeout=30) == 1
             assert time.monotonic() - began < 15
         small = [runner.service(work)(number) for number in range(10)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -200,6 +202,37 @@ def test_a_call_over_its_memory_limit_is_out_of_memory(bench: Bench) -> None:
     with pytest.raises(OutOfMemory):
         bench.call(take_memory_in_steps, resreq="mem=1g")
     assert bench.call(take_memory, 2**20, resreq="mem=1g") == 2**20
+
+
+def take_memory_in_crumbs() -> int:
+    """Leave not even enough for the traceback."""
+    held: list[object] = []
+    while True:
+        held.append([None] * 16)
+
+
+def child_pid() -> int:
+    return os.getpid()
+
+
+@contextmanager
+def machine_of(nbytes: int, pid: int) -> Iterator[None]:
+    """Let one process reach the end of memory: a test must not take what its neighbours need."""
+    _, hard = before = resource.prlimit(pid, resource.RLIMIT_DATA)
+    resource.prlimit(pid, resource.RLIMIT_DATA, (nbytes, hard))
+    yield
+    with suppress(ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_DATA, before)
+
+
+@pytest.mark.parametrize("target", [take_memory_in_steps, take_memory_in_crumbs])
+def test_a_call_of_the_default_class_that_takes_all_memory_fails_alone(
+    bench: Bench, target: Callable[[], int]
+) -> None:
+    with machine_of(GIGABYTE // 2, bench.call(child_pid)):
+        with pytest.raises((MemoryError, OutOfMemory, WorkerLost)):
+            bench.call(target)
+        assert bench.call(take_memory, 2**20) == 2**20
 
 
 def recurse(depth: int) -> int:

@@ -87,7 +87,9 @@ class TestPublishing:
     async def test_a_broker_with_a_lower_limit_fails_the_large_message_only(
         self, opened: Open, own_rabbit: RabbitNode
     ) -> None:
+        # 3.10 reads the one, 4.0 the other.
         own_rabbit.ctl("eval", "application:set_env(rabbit, max_message_size, 1000).")
+        own_rabbit.ctl("eval", "persistent_term:put(max_message_size, 1000).")
         transport = await opened(own_rabbit.url)
         await transport.declare(QueueSpec(QUEUE))
         small = transport.publish(QUEUE, bytes(900))

@@ -40,7 +40,19 @@ from flame_worker.slots import Slot
 from flame_worker.spool import Spool
 from lab.wait import eventually
 
-__all__ = ["KEYRING", "Bench", "PlayedSlot", "bench", "frame_of"]
+__all__ = [
+    "CALLS",
+    "CLIENT",
+    "DEAD",
+    "KEYRING",
+    "POOL",
+    "REPLIES",
+    "SUSPECTS",
+    "Bench",
+    "PlayedSlot",
+    "bench",
+    "frame_of",
+]
 
 KEYRING = Keyring.parse("k" * 40)
 POOL = "default"
@@ -240,5 +252,7 @@ def frame_of(counters: Iterable[int], **changes: Any) -> CallFrame:
     return CallFrame(**{**fields, **changes})
 
 
+CALLS = calls_queue(_KEY.hex_id, POOL, "c1", Priority.NORMAL).name
+REPLIES = _REPLY
 SUSPECTS = suspects_queue(_KEY.hex_id, POOL).name
 DEAD = dead_queue(_KEY.hex_id, POOL).name

@@ -13,6 +13,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +21,7 @@ from typing import Self
 import pika
 import pika.exceptions
 
+from lab.debian import DebianFolder, newer_rabbit
 from lab.ports import answers, free_port
 from lab.processes import Process
 from lab.services import program
@@ -40,6 +42,9 @@ class RabbitNode:
         management: Run the management plugin. It makes virtual hosts in milliseconds; without it
             each costs a second or more, but the node is leaner (benchmarks).
 
+    With ``LAB_RABBIT=4`` in the environment it is a RabbitMQ 4 out of a folder (``lab.debian``),
+    else the one that this machine has.
+
     Example:
         >>> with RabbitNode() as node:
         ...     url = node.vhost("mine")
@@ -54,9 +59,7 @@ class RabbitNode:
         self.name = f"flame-{secrets.token_hex(4)}@localhost"
         self._management = management
         self._config = dict(config or {})
-        self._server_program = _server_program()
-        self._ctl_program = _ctl_program(self._server_program)
-        self._epmd_program = program(["epmd"], package="erlang-base")
+        self._programs = _newer_programs() if os.environ.get("LAB_RABBIT") == "4" else _programs()
         self._epmd_port = free_port()
         self._epmd: Process | None = None
         self._server: Process | None = None
@@ -90,7 +93,7 @@ class RabbitNode:
             if self._epmd is None or not self._epmd.running:
                 self._epmd = self._start_epmd()
             self._server = Process(
-                [self._server_program],
+                self._programs.command(self._programs.server),
                 env=self._environment(),
                 cwd=self.folder,
                 log=self.folder / "console.log",
@@ -145,7 +148,7 @@ class RabbitNode:
             AssertionError: It failed; the message carries its output.
         """
         done = subprocess.run(
-            [self._ctl_program, "--quiet", *arguments],
+            [*self._programs.command(self._programs.ctl), "--quiet", *arguments],
             env=self._environment(),
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
@@ -274,6 +277,7 @@ class RabbitNode:
         folder = str(self.folder)
         return inherited | {
             "HOME": folder,
+            "LC_ALL": "C.UTF-8",  # the locale of this machine may be unknown in another system
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": self.name,
@@ -294,8 +298,9 @@ class RabbitNode:
         }
 
     def _start_epmd(self) -> Process:
+        options = ["-port", str(self._epmd_port), "-address", "127.0.0.1"]
         epmd = Process(
-            [self._epmd_program, "-port", str(self._epmd_port), "-address", "127.0.0.1"],
+            [*self._programs.command(self._programs.epmd), *options],
             log=self.folder / "epmd.out",
         )
         wait_until(lambda: answers(self._epmd_port), describe="epmd answers")
@@ -323,13 +328,37 @@ class RabbitNode:
         self.close()
 
 
-def _server_program() -> str:
+@dataclass(frozen=True)
+class _Programs:
+    """What a node is made of, and the system that they are found in; None for this one."""
+
+    server: str
+    ctl: str
+    epmd: str
+    system: DebianFolder | None = None
+
+    def command(self, program: str) -> list[str]:
+        """How to run one of them; it sees the node's folder, and certificates beside it."""
+        if self.system is None:
+            return [program]
+        return self.system.command([program], sees=Path(tempfile.gettempdir()))
+
+
+def _programs() -> _Programs:
     # Debian's wrapper on PATH switches to the user `rabbitmq`; the script below it does not.
-    return program(
+    server = program(
         ["/usr/lib/rabbitmq/bin/rabbitmq-server", "rabbitmq-server"], package="rabbitmq-server"
     )
+    beside = str(Path(server).with_name("rabbitmqctl"))
+    ctl = program([beside, "rabbitmqctl"], package="rabbitmq-server")
+    return _Programs(server, ctl, program(["epmd"], package="erlang-base"))
 
 
-def _ctl_program(server_program: str) -> str:
-    beside = str(Path(server_program).with_name("rabbitmqctl"))
-    return program([beside, "rabbitmqctl"], package="rabbitmq-server")
+def _newer_programs() -> _Programs:
+    scripts = "/usr/lib/rabbitmq/bin"
+    return _Programs(
+        f"{scripts}/rabbitmq-server",
+        f"{scripts}/rabbitmqctl",
+        "/usr/bin/epmd",
+        newer_rabbit().make(),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from flame_broker.connect import open_transport
@@ -24,12 +25,27 @@ def through(proxy: TcpProxy, url: str, query: str = "") -> str:
     return f"amqp://guest:guest@127.0.0.1:{proxy.port}/{url.rpartition('/')[2]}{query}"
 
 
-def drop_connection(node: RabbitNode, role: str) -> None:
-    """Have the broker close one connection of ``test``: its ``publisher`` or its ``consumer``."""
-    for row in node.ctl("list_connections", "pid", "client_properties").splitlines():
-        pid, _, properties = row.partition("\t")
-        if f'"test {role}"' in properties:
+def drop_connection(node: RabbitNode, role: str, *, of: str = "test", url: str = "") -> int:
+    """Have the broker close one connection of a program: its ``publisher`` or its ``consumer``.
+
+    Args:
+        node: The broker.
+        role: Which of the two.
+        of: How the program's transports are named, as a regular expression.
+        url: Only in this virtual host.
+
+    Returns:
+        How many were closed.
+    """
+    named, dropped = re.compile(f'"{of} {role}"'), 0
+    vhost = url.rpartition("/")[2]
+    for row in node.ctl("list_connections", "pid", "vhost", "client_properties").splitlines():
+        pid, _, rest = row.partition("\t")
+        at, _, properties = rest.partition("\t")
+        if named.search(properties) and vhost in ("", at):
             node.ctl("close_connection", pid, "dropped by a test")
+            dropped += 1
+    return dropped
 
 
 def count_reconnects(transport: RabbitTransport) -> list[float]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab import Process, TcpProxy, eventually, free_port, wait_until
+from lab import MissingService, Process, TcpProxy, eventually, free_port, wait_until
+from lab.debian import newer_rabbit
 from lab.ports import answers
 
 
@@ -159,3 +160,22 @@ async def test_eventually_takes_plain_and_async_conditions() -> None:
     assert await eventually(lambda: "now") == "now"
     with pytest.raises(AssertionError, match="a miracle"):
         await eventually(lambda: None, 0.05, "a miracle")
+
+
+class TestDebianFolder:
+    def test_only_root_gets_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("os.geteuid", lambda: 1000)
+        with pytest.raises(MissingService, match=r"rabbitmq-server of Debian trixie .* takes root"):
+            newer_rabbit().make()
+
+    def test_without_debootstrap_it_says_what_to_install(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr("os.geteuid", lambda: 0)
+        monkeypatch.setattr(
+            "lab.services.shutil.which",
+            lambda name, path=None: None if name == "debootstrap" else f"/usr/bin/{name}",
+        )
+        with pytest.raises(MissingService, match="install debootstrap"):
+            newer_rabbit().make()
