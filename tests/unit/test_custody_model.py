@@ -31,7 +31,14 @@ from flame_broker.frames import encode, open_frame
 from flame_broker.keys import Keyring
 from flame_broker.memory import MemoryTransport
 from flame_broker.memory_broker import MemoryDelivery
-from flame_broker.messages import MAX_STRIKES, CallFrame, Result, ResultFrame, Status
+from flame_broker.messages import (
+    MAX_STRIKES,
+    CallFrame,
+    Result,
+    ResultFrame,
+    Status,
+    Suspicion,
+)
 from flame_broker.outcomes import decode_failure
 from flame_broker.topology import parked_queue
 from lab.bench import CALLS, CLIENT, DEAD, KEYRING, POOL, REPLIES, SUSPECTS, frame_of
@@ -119,7 +126,7 @@ class Custody(RuleBasedStateMachine):
         outcomes: By call, its terminal results in the order of their arrival.
         copies: By call, how many copies of it a fault (or its client) has made.
         echoes: By call, how often its result was published again by a fault.
-        losses: By call, how often a worker was lost that had it in hand alone, as a suspect.
+        losses: By call, how often a worker was lost that had it in hand to run it alone.
     """
 
     def __init__(self) -> None:
@@ -231,8 +238,17 @@ class Custody(RuleBasedStateMachine):
             self._require(starts <= 1 + self.copies[counter], f"P4: call {counter} ran again")
         for counter, results in self.outcomes.items():
             self._check_outcomes(counter, results)
+        for worker in self.workers:
+            self._check_loneliness(worker)
         problems = [problem for worker in self.workers for problem in worker.problems]
         self._require(not problems, "nobody caught " + "; ".join(problems))
+
+    def _check_loneliness(self, worker: Factory) -> None:
+        """What may be blamed has nobody beside it who could be to blame."""
+        batches = [batch for slot in worker.busy() for batch in slot.batches]
+        kinds = [batch.context.holding.frame.suspicion for batch in batches]
+        lonely = len(kinds) == 1 or Suspicion.ALONE not in kinds
+        self._require(lonely, f"P5: a call alone has neighbours at {worker.name}")
 
     def _check_outcomes(self, counter: int, results: list[Result]) -> None:
         """Who takes the first result has missed no other one, but for those that faults made."""
@@ -331,7 +347,8 @@ class Custody(RuleBasedStateMachine):
         for delivery in deliveries:
             counters = self._counters_in(delivery.body)
             self.copies.update(counters)
-            if delivery.queue == SUSPECTS:
+            frame = open_frame(delivery.body, KEYRING).frame if counters else None
+            if isinstance(frame, CallFrame) and frame.suspicion is Suspicion.ALONE:
                 self.losses.update(counters)
 
     def _on_resent(self, bodies: list[bytes]) -> None:
