@@ -40,7 +40,9 @@ def test_gpus_that_the_worker_may_not_see_do_not_count(
     assert "GPUs found: 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [("--gpu", "-1"), ("--slots", "0"), ("--gpu", "x")])
+@pytest.mark.parametrize(
+    "options", [("--gpu", "-1"), ("--slots", "0"), ("--slots", "1000000"), ("--gpu", "x")]
+)
 def test_numbers_that_make_no_sense_are_wrong_usage(options: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as refused:
         command.main([*options])

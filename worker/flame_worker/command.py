@@ -23,6 +23,9 @@ from flame_worker.daemon import Worker, WorkerSettings
 
 __all__ = ["main"]
 
+MOST_SLOTS: Final = 1024
+"""One loop would spend its time on the children of more."""
+
 EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_CONFIG: Final = 22
@@ -66,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"flame-worker {version('flame')}")
     parser.add_argument("--pool", default=DEFAULT_POOL, help="the pool to serve (%(default)s)")
-    parser.add_argument("--slots", type=_positive, help="children of the default class (one a cpu)")
+    parser.add_argument("--slots", type=_slots, help="children of the default class (one a cpu)")
     parser.add_argument("--cpu", type=float, help="cpus to reserve from (all that are detected)")
     parser.add_argument("--mem", type=parse_bytes, help="memory to reserve from, as 16g (all)")
     parser.add_argument("--gpu", type=_count, help="GPUs to reserve from (all that are detected)")
@@ -115,6 +118,15 @@ def _at_least(least: int, text: str) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number of {least} or more")
     return int(text)
+
+
+def _slots(text: str) -> int:
+    number = _positive(text)
+    if number > MOST_SLOTS:
+        raise argparse.ArgumentTypeError(
+            f"{text}: one worker serves {MOST_SLOTS} slots at most; start several workers"
+        )
+    return number
 
 
 def _settings(arguments: argparse.Namespace) -> WorkerSettings:
