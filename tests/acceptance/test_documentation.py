@@ -28,7 +28,6 @@ _BLOCK = re.compile(
 )
 _FILE = re.compile(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 _COMMANDS = re.compile(r"^<!-- run -->\n```sh\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
-_INPUTS = {"words.txt": "alpha\nbeta\n"}
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,6 @@ class Program:
 
     def run(self, folder: Path, environ: Mapping[str, str]) -> None:
         """Run it in a folder and compare."""
-        for name, text in _INPUTS.items():
-            (folder / name).write_text(text)
         file = folder / (self.mark.removeprefix("file: ") if self._is_file else "program.py")
         file.write_text(self.code)
         pytest_options = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if self._is_file else []
