@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -74,7 +75,7 @@ class Sweep(Runnable):
     Args:
         grids: By the name that the table shows.
         folds: Parts to split the images into; each is left out once.
-        plot: Where to draw the outcome, a PNG file.
+        plot: Where to draw the outcome, a PNG file of the machine that runs ``run``.
     """
 
     def __init__(self, grids: Mapping[str, Grid], folds: int = 3, plot: str = "digits.png") -> None:
@@ -101,7 +102,7 @@ class Sweep(Runnable):
         path = Path(self.plot).absolute()
         draw(path, trials, self.grids[best.model], best, mistakes)
         print(f"The best of {len(trials)} trials misread {len(mistakes)} of {len(digits.data)}.")
-        print(f"Plot: {path}")
+        print(f"Plot: {path} on {platform.node()}")
 
     def _sweep(self, runner: flame.Runner, images: flame.ObjectRef) -> list[Trial]:
         trials = [

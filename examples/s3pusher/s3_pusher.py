@@ -18,7 +18,7 @@ class S3Pusher(Runnable):
     looks by itself.
 
     Args:
-        experiment_path: The folder.
+        experiment_path: The folder, on the machine that runs ``run``.
         bucket_name: The bucket; it must exist.
         prefix: Put before every key.
         endpoint_url: An S3 of another make.
