@@ -7,6 +7,7 @@ import pytest
 import flame
 from flame.errors import CallExpired
 from flame.expiry import Expiry
+from flame.inquiry import Inquiry
 from lab.fake_worker import FakeWorker
 from lab.wait import wait_until
 
@@ -91,3 +92,20 @@ def test_calls_without_a_queue_timeout_are_not_watched(
 ) -> None:
     assert runner.service(double)(1).get(10) == 2
     assert client.session.courier._expiry._timed == []
+
+
+def test_a_service_whose_calls_expire_is_merely_not_ready(runner: flame.Runner) -> None:
+    assert not runner.service(double, pool="gpus", queue_timeout=0.05).ready(2)
+
+
+def test_calls_expire_without_a_question_where_workers_cannot_be_asked(
+    runner: flame.Runner,
+    client: flame.Client,
+    worker: FakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Inquiry, "reaches_workers", False)
+    with pytest.raises(CallExpired, match="no worker can be asked"):
+        runner.service(double, pool="gpus", queue_timeout=0.05)(1).get(10)
+    assert worker.expired == []
+    assert nothing_left(client)
