@@ -64,3 +64,12 @@ def test_a_call_that_fits_no_worker_expires(runner: flame.Runner, tmp_path: Path
     large = runner.service(hold, resreq="cpu=1000", queue_timeout=0.2)(str(tmp_path), "large")
     with pytest.raises(CallExpired, match="'hold' in pool 'default'"):
         large.get(timeout=20)
+
+
+def test_a_call_made_by_a_call_expires(runner: flame.Runner) -> None:
+    def ask_nobody() -> str:
+        with flame.Runner("inner") as inner:
+            future = inner.service(abs, pool="nobody", queue_timeout=0.2)(-1)
+            return type(future.exception(timeout=15)).__name__
+
+    assert runner.service(ask_nobody)().get(timeout=30) == "CallExpired"
