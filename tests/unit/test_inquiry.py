@@ -77,7 +77,10 @@ def test_a_ping_that_nobody_takes_times_out_and_is_cancelled(
     assert worker.frames[-1].expires_at > time.time()
 
 
-def test_a_question_inside_a_done_callback_is_refused(client: flame.Client) -> None:
+def test_a_question_inside_a_done_callback_is_refused(
+    client: flame.Client, worker: FakeWorker
+) -> None:
+    worker.hold()  # or the callback may come too late, and run in this thread
     found: list[BaseException] = []
 
     def ask(_: object) -> None:
@@ -89,6 +92,7 @@ def test_a_question_inside_a_done_callback_is_refused(client: flame.Client) -> N
     with flame.Runner("t", client=client) as runner:
         future = runner.service(abs)(-1)
         future.add_done_callback(ask)
+        worker.release()
         future.result(5)
     wait_until(lambda: bool(found), 5)
     assert "done-callback" in str(found[0])
