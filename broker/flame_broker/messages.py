@@ -250,8 +250,10 @@ class EventFrame:
 class ControlFrame:
     """A word to all workers of a key, or an answer to one.
 
-    Verbs: ``cancel`` (client, counters, spare_running), ``hello`` (reply) answered by ``here``
-    (facts of a worker), ``class`` (a resource class that exists in a pool), ``drain`` (worker).
+    Verbs: ``cancel`` (client, counters, spare_running), ``expire`` (client, counters, reply)
+    answered by ``running`` (client, counters: those that have started at a worker, which keeps
+    silent if none has), ``hello`` (reply) answered by ``here`` (facts of a worker), ``class`` (a
+    resource class that exists in a pool), ``drain`` (worker).
     """
 
     queue: str

@@ -15,6 +15,7 @@ from itertools import count
 from time import monotonic
 from typing import Final, Protocol, TypeVar
 
+from flame.expiry import Expiry
 from flame.inquiry import Inquiry
 from flame.lanes import Lane, Pending, Record
 from flame.replies import Replies
@@ -114,6 +115,9 @@ class Courier:
             unblock=self._sender.unblock,
         )
         self._inquiry = Inquiry(self._transport, keyring, self.replies, lambda: self._sender.reply)
+        self._expiry = self._sender.expiry = Expiry(
+            self._inquiry, client_id, self.pending, self._sender.fail
+        )
         self._silence = Silence(
             self._inquiry,
             self.pending,
@@ -353,6 +357,7 @@ class Courier:
 
     async def _close(self) -> None:
         self._silence.close()
+        self._expiry.close()
         self._cancel_maps()
         await self._sender.drain(_DRAIN_S)
         since = monotonic() - self.replies.last_result_s

@@ -39,6 +39,8 @@ Facts = Mapping[str, Plain]
 Enough = Callable[[Sequence[Facts]], bool]
 
 _PATIENCE_S: Final = 10.0
+_RUNNING_ANSWER_S: Final = 1.0
+_COUNTERS_A_FRAME: Final = 10_000
 _STREAM_QUIET_S: Final = 0.3
 _STREAM_AHEAD: Final = 500
 
@@ -109,6 +111,28 @@ class Inquiry:
             await self.order("hello", {"reply": self._reply_queue()})
             await _wait(complete, timeout_s)
         return [found[name] for name in sorted(found)]
+
+    async def expire(self, client: str, counters: Sequence[int]) -> set[int]:
+        """Have calls of ours dropped that have not started; those that have, as workers say.
+
+        Raises:
+            BrokerUnavailable: The workers could not be told, or no answer could have come.
+        """
+        running: set[int] = set()
+
+        def take(frame: ControlFrame) -> None:
+            started = frame.arguments.get("counters")
+            if frame.verb == "running" and isinstance(started, tuple):
+                running.update(n for n in started if isinstance(n, int))
+
+        with self._replies.listening(take):
+            for first in range(0, len(counters), _COUNTERS_A_FRAME):
+                part = tuple(counters[first : first + _COUNTERS_A_FRAME])
+                told: dict[str, Plain] = {"client": client, "counters": part}
+                await self.order("expire", {**told, "reply": self._reply_queue()})
+            await asyncio.sleep(_RUNNING_ANSWER_S)
+            await self.echo()  # it comes behind answers, and results, that are here but unread
+        return running
 
     async def order(self, verb: str, arguments: Mapping[str, Plain]) -> None:
         """Say something to all workers of this key.

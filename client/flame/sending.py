@@ -13,6 +13,7 @@ from functools import partial
 from time import time
 from typing import Final
 
+from flame.expiry import Expiry
 from flame.lanes import Lane, Pending, Record
 from flame_broker.errors import (
     CallExpired,
@@ -48,7 +49,12 @@ class Sender:
         pending: Who waits for them.
         wake: Has ``flush`` called soon, in the loop; callable from any thread.
         upload: Brings a target's pickle into the store; blocks.
+
+    Attributes:
+        expiry: Watches published calls that have a queue timeout.
     """
+
+    expiry: Expiry
 
     def __init__(
         self,
@@ -146,6 +152,15 @@ class Sender:
         if record.gate is not None:
             record.gate.inside -= calls
 
+    def fail(self, counters: Iterable[int], exc: BaseException) -> None:
+        """End published calls that are still pending, and give back their room."""
+        for counter in counters:
+            record = self._pending.records.pop(counter, None)
+            if record is not None:
+                self.released(record)
+                record.fail_call(counter, _own(exc, call_id(self._client_id, counter)))
+        self.unblock()
+
     def _watch_window(self) -> None:
         """While calls are held back here, see that the workers do not run dry."""
         if self._watching is None:
@@ -197,6 +212,8 @@ class Sender:
             self._fail(calls, exc)
         else:
             self._publish(lane, calls, body, again=True)
+            if expires_at:
+                self.expiry.watch(lane, [call.counter for call in calls], expires_at)
 
     def _publish(self, lane: Lane, calls: list[Call], body: bytes, *, again: bool) -> None:
         confirmed = self._transport.publish(lane.queue.name, body, deadline_s=DEFAULT_DEADLINE_S)
@@ -230,12 +247,7 @@ class Sender:
         self._publish(lane, calls, body, again=False)
 
     def _fail(self, calls: Iterable[Call], exc: BaseException) -> None:
-        for call in calls:
-            record = self._pending.records.pop(call.counter, None)
-            if record is not None:
-                self.released(record)
-                record.fail_call(call.counter, _own(exc, call_id(self._client_id, call.counter)))
-        self.unblock()
+        self.fail([call.counter for call in calls], exc)
 
     def _control_sent(self, confirmed: asyncio.Future[None]) -> None:
         self._in_flight.discard(confirmed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sized
+from dataclasses import replace
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -83,7 +84,8 @@ class RunnerService(Generic[R]):
         Args:
             timeout: Seconds to wait; None for ever.
         """
-        options = self._options
+        # Its own timeout is the one that counts.
+        options = replace(self._options, queue_timeout_s=0.0)
         probe = Caller(self._caller.client, NOTHING, options)
         future = probe.submit((), {})
         if future.wait(timeout):

@@ -173,6 +173,16 @@ def test_a_call_that_waits_too_long_expires_and_never_runs(
     assert runs(tmp_path) == {2: 1}
 
 
+def test_a_call_of_a_pool_without_workers_expires(cluster: LabCluster, tmp_path: Path) -> None:
+    cluster.worker("--slots", "1")
+    with cluster.client() as client, flame.Runner("t", client=client) as runner:
+        late = runner.service(note, pool="gpus", queue_timeout=0.5)(str(tmp_path), 1)
+        with pytest.raises(CallExpired, match="'note' in pool 'gpus'"):
+            late.get(timeout=30)
+        assert runner.service(note)(str(tmp_path), 2).get(timeout=30) == 2
+    assert runs(tmp_path) == {2: 1}
+
+
 def test_a_timeout_ends_the_call_and_frees_its_slot(cluster: LabCluster, tmp_path: Path) -> None:
     cluster.worker("--slots", "1")
     with cluster.client() as client, flame.Runner("t", client=client) as runner:

@@ -60,6 +60,8 @@ class FakeWorker:
     Attributes:
         frames: Every frame of calls it has received.
         cancelled: The counters of all cancel messages.
+        expired: The counters that it was asked about because their queue timeout is over.
+        running: The counters that it then says it has started.
         hellos: How often somebody asked who is there.
         repeat: How often each result is sent.
     """
@@ -67,6 +69,8 @@ class FakeWorker:
     def __init__(self, url: str, key_text: str, store: Store, resources: str = "c1") -> None:
         self.frames: list[CallFrame] = []
         self.cancelled: list[int] = []
+        self.expired: list[int] = []
+        self.running: set[int] = set()
         self.hellos = 0
         self.repeat = 1
         self.url, self.key_text, self._store = url, key_text, store
@@ -143,12 +147,22 @@ class FakeWorker:
             counters: Any = frame.arguments["counters"]
             self.cancelled.extend(counters)
             self._give_up({*counters})
+        if frame.verb == "expire":
+            self._answer_expire(frame)
         if frame.verb == "hello":
             self.hellos += 1
             reply = str(frame.arguments["reply"])
             here = ControlFrame(reply, "here", {"worker": "fake", "pool": "default"})
             self.transport.publish(reply, encode(here, self._key))
         delivery.ack()
+
+    def _answer_expire(self, frame: ControlFrame) -> None:
+        counters: Any = frame.arguments["counters"]
+        self.expired.extend(counters)
+        reply, started = str(frame.arguments["reply"]), self.running.intersection(counters)
+        if started:
+            running = ControlFrame(reply, "running", {"counters": tuple(started)})
+            self.transport.publish(reply, encode(running, self._key))
 
     def _give_up(self, counters: set[int]) -> None:
         for frame in self._held:

@@ -222,6 +222,13 @@ class Custody(RuleBasedStateMachine):
         for at in self.workers:
             at.do(partial(at.intake.cancel, CLIENT, counters, spare_running=spare_running))
 
+    @precondition(lambda self: self.accepted)
+    @rule(call=st.integers(0, 20))
+    def a_queue_timeout_is_over(self, call: int) -> None:
+        counters = frozenset([sorted(self.accepted)[call % len(self.accepted)]])
+        for at in self.workers:
+            at.do(partial(at.intake.expire, CLIENT, counters))
+
     @rule(seconds=st.sampled_from([0.0, 0.06, 1.1]))
     def time_passes_and_all_is_well(self, seconds: float) -> None:
         self._pass_time(seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flame_broker.errors import WorkerLost
+from flame_broker.errors import CallExpired, WorkerLost
 from flame_broker.messages import Status
 from flame_broker.outcomes import decode_failure
 from flame_broker.resources import Capacity
@@ -127,3 +127,32 @@ async def test_the_next_call_is_here_before_a_steady_one_is_expected_to_end(tmp_
         await eventually(lambda: slot.started[-1] == 9, 5)
         slot.finish(seconds=0.1)
         await lab.settled(10)
+
+
+async def test_calls_that_have_waited_too_long_are_dropped_unless_they_have_started(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path, slots=1) as lab:
+        await lab.submit(frame_of([1, 2, 3]))
+        await eventually(lambda: lab.slots[0].started == [1], 5)
+        assert lab.intake.expire("c0", frozenset([1, 2, 4])) == {1}
+        await lab.submit(frame_of([4]))
+        lab.slots[0].finish()
+        await eventually(lambda: lab.slots[0].started == [1, 3], 5)
+        lab.slots[0].finish()
+        await lab.settled(4)
+        failed = [result for result in lab.finals if result.status is Status.FAILED]
+        assert {result.counter for result in failed} == {2, 4}
+        for result in failed:
+            assert isinstance(decode_failure(result.payload, ""), CallExpired)
+
+
+async def test_a_call_that_was_handed_back_has_not_started(tmp_path: Path) -> None:
+    async with bench(tmp_path, slots=1) as lab:
+        await lab.submit(frame_of([1, 2]))
+        await eventually(lambda: lab.slots[0].revoked and not lab.dispatcher.waits("c1"), 5)
+        assert lab.intake.expire("c0", frozenset([1, 2])) == {1}
+        assert lab.intake.expire("c1", frozenset([1, 2])) == set()
+        lab.slots[0].finish()
+        await lab.settled(2)
+        assert lab.slots[0].started == [1]

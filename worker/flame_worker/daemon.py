@@ -20,7 +20,7 @@ from flame_broker.errors import ConfigError, FlameError
 from flame_broker.frames import FORMAT_VERSION, encode, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
-from flame_broker.messages import ControlFrame
+from flame_broker.messages import ControlFrame, Plain
 from flame_broker.resources import DEFAULT_CLASS, Capacity, ResourceRequirement
 from flame_broker.store import open_store
 from flame_broker.store.cache import NodeCache
@@ -280,24 +280,31 @@ class Worker:
         return {
             "hello": self._answer_hello,
             "cancel": self._cancel,
+            "expire": self._expire,
             "class": self._learn_class,
             "drain": self._drain_if_named,
         }
 
     def _answer_hello(self, frame: ControlFrame, key: Key) -> None:
         reply = str(frame.arguments.get("reply", ""))
-        here = ControlFrame(reply, "here", self._facts())
-        self._outbox.publish(reply, encode(here, key), lambda: None, otherwise=lambda: None)
+        self._answer(ControlFrame(reply, "here", self._facts()), key)
+
+    def _answer(self, frame: ControlFrame, key: Key) -> None:
+        self._outbox.publish(frame.queue, encode(frame, key), lambda: None, otherwise=lambda: None)
 
     def _cancel(self, frame: ControlFrame, key: Key) -> None:
-        counters = frame.arguments.get("counters", ())
-        if isinstance(counters, tuple):
-            wanted = frozenset(c for c in counters if isinstance(c, int))
-            self._intake.cancel(
-                str(frame.arguments.get("client")),
-                wanted,
-                spare_running=bool(frame.arguments.get("spare_running")),
-            )
+        self._intake.cancel(
+            str(frame.arguments.get("client")),
+            _counters(frame),
+            spare_running=bool(frame.arguments.get("spare_running")),
+        )
+
+    def _expire(self, frame: ControlFrame, key: Key) -> None:
+        client, reply = (str(frame.arguments.get(name, "")) for name in ("client", "reply"))
+        started = self._intake.expire(client, _counters(frame))
+        if started:
+            told: dict[str, Plain] = {"client": client, "counters": tuple(sorted(started))}
+            self._answer(ControlFrame(reply, "running", told), key)
 
     def _learn_class(self, frame: ControlFrame, key: Key) -> None:
         name = str(frame.arguments.get("name"))
@@ -394,6 +401,12 @@ class Worker:
             "labels": ",".join(f"{k}={v}" for k, v in self.settings.labels.items()),
             **{f"count_{name}": n for name, n in self._intake.counts.items()},
         }
+
+
+def _counters(frame: ControlFrame) -> frozenset[int]:
+    counters = frame.arguments.get("counters", ())
+    numbers = counters if isinstance(counters, tuple) else ()
+    return frozenset(number for number in numbers if isinstance(number, int))
 
 
 def _check_gpus(capacity: Capacity, found: int) -> None:

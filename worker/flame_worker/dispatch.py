@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final, Protocol
 
-from flame_broker.errors import CallCancelled
+from flame_broker.errors import CallCancelled, CallError, CallExpired
 from flame_broker.logs import get_logger
 from flame_broker.messages import Call, Event, EventKind, Result, Status, Suspicion
 from flame_broker.outcomes import encode_failure
@@ -31,7 +31,7 @@ from flame_worker.pool import SlotPool
 from flame_worker.slots import Batch, Lost, Slot, SpooledResult
 from flame_worker.spool import Spool
 
-__all__ = ["BUDGET_S", "Dispatcher", "Supply"]
+__all__ = ["BUDGET_S", "DROPPED", "Dispatcher", "Supply"]
 
 _log = get_logger("flame.worker")
 
@@ -51,13 +51,19 @@ LEAD_S: Final = 0.02
 """So long before a call is expected to end, its successor is asked for: the broker needs a few
 milliseconds, and what comes early waits less than its budget."""
 
+DROPPED: Final[Mapping[type[CallError], str]] = {
+    CallCancelled: "cancelled before it started",
+    CallExpired: "it waited longer than its queue timeout and was never started",
+}
+"""Why a client may have a call dropped that has not started, and what is said of it then."""
+
 _REBALANCE_S: Final = 0.003
 _PRIORITIES: Final = ("high", "normal", "low")
 
 
 @dataclass(slots=True, eq=False)
 class _Given:
-    """Calls of one holding in one slot; ``kept`` counts those that were not taken back."""
+    """Calls of one holding in one slot; ``kept`` counts those that were not ``taken`` back."""
 
     holding: Holding
     kept: int
@@ -65,6 +71,7 @@ class _Given:
     at: float
     until: float = 0.0  # when they are expected to be over; 0: nobody can say
     seconds: float = 0.0
+    taken: frozenset[int] = frozenset()
 
 
 class Supply(Protocol):
@@ -135,20 +142,30 @@ class Dispatcher:
         """Stop calls: those that wait get their result now, those that run are interrupted."""
         for holding in self._waiting():
             if holding.frame.client == client:
-                self._drop_waiting(holding, counters)
+                self._drop_waiting(holding, counters, CallCancelled)
         for slot in self.pool.slots():
             for batch in list(slot.batches):
                 if batch.client == client:
                     for counter in counters.intersection(c.counter for c in batch.calls):
                         slot.cancel(client, counter)
 
-    def cancel_unstarted(self, client: str, counters: frozenset[int]) -> None:
+    def drop_unstarted(self, client: str, counters: frozenset[int], kind: type[CallError]) -> None:
         """Stop calls that have not started; those that run go on to their end."""
         self._revoke_all(lambda given: given.holding.frame.client == client)
         for holding in self._waiting():
             if holding.frame.client == client:
-                self._drop_waiting(holding, counters)
+                self._drop_waiting(holding, counters, kind)
         self.pump()
+
+    def started(self, client: str, counters: frozenset[int]) -> set[int]:
+        """Those of some calls that slots have begun, or would before they could be taken back."""
+        found: set[int] = set()
+        for slot in self.pool.slots():
+            for batch in slot.batches:
+                if batch.client == client:
+                    given: _Given = batch.context  # type: ignore[assignment]
+                    found.update({call.counter for call in batch.calls} - given.taken)
+        return found & counters
 
     def hand_back_all(self) -> None:
         """Give up every call that has not started: the worker drains."""
@@ -357,6 +374,7 @@ class Dispatcher:
             given: _Given = batch.context  # type: ignore[assignment]
             given.unfinished -= len(calls)
             given.kept -= len(calls)
+            given.taken |= {call.counter for call in calls}
             holding = given.holding
             if not holding.waiting:
                 holding.since = given.at
@@ -368,7 +386,9 @@ class Dispatcher:
         self._apart.left(holding)
         self._outbox.hand_back(holding, holding.take_waiting())
 
-    def _drop_waiting(self, holding: Holding, counters: frozenset[int]) -> None:
+    def _drop_waiting(
+        self, holding: Holding, counters: frozenset[int], kind: type[CallError]
+    ) -> None:
         dropped = [call for call in holding.waiting if call.counter in counters]
         if not dropped:
             return
@@ -377,7 +397,7 @@ class Dispatcher:
         if not holding.waiting:
             self._line_of(holding).remove(holding)
             self._apart.left(holding)
-        self._outbox.failure(holding, dropped, CallCancelled, "cancelled before it started")
+        self._outbox.failure(holding, dropped, kind, DROPPED[kind])
 
     def _rebalance_soon(self) -> None:
         if self._rebalancing is None:

@@ -13,6 +13,7 @@ from typing import Final
 
 from flame_broker.errors import (
     CallCancelled,
+    CallError,
     CallExpired,
     FlameError,
     MalformedMessage,
@@ -27,7 +28,7 @@ from flame_broker.logs import get_logger
 from flame_broker.messages import MAX_STRIKES, CallFrame, Priority, Suspicion
 from flame_broker.topology import calls_queue, dead_queue, parked_queue, suspects_queue
 from flame_broker.transport import Consumer, Delivery, QueueSpec, Transport
-from flame_worker.dispatch import Dispatcher
+from flame_worker.dispatch import DROPPED, Dispatcher
 from flame_worker.holding import Ack, Holding
 from flame_worker.outbox import Outbox
 from flame_worker.spool import Spool
@@ -41,7 +42,7 @@ AHEAD: Final = 6
 
 _REFILL_EVERY_S: Final = 0.01
 _REMEMBERED_FRAMES: Final = 2048
-_REMEMBERED_CANCELS: Final = 100_000
+_REMEMBERED_DROPS: Final = 100_000
 
 
 @dataclass(slots=True, eq=False)
@@ -117,7 +118,7 @@ class Intake:
         self._taps: dict[str, list[_Tap]] = {}
         self._held: dict[bytes, Holding] = {}
         self._settled: OrderedDict[bytes, None] = OrderedDict()
-        self._cancelled: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._dropped: OrderedDict[tuple[str, int], type[CallError]] = OrderedDict()
         self._full: set[str] = set()
         self._short: set[str] = set()
         self._refilling: asyncio.Task[None] | None = None
@@ -329,7 +330,7 @@ class Intake:
         holding.suspect = tap.suspects
         if delivery.redelivered:
             self._strike(tap, holding) if tap.suspects else self._suspect(tap, holding)
-        elif not self._late(holding) and self._uncancelled(holding):
+        elif not self._late(holding) and self._wanted(holding):
             self._provide(holding)
 
     def _suspect(self, tap: _Tap, holding: Holding) -> None:
@@ -363,15 +364,15 @@ class Intake:
         self._outbox.failure(holding, holding.take_waiting(), CallExpired, reason)
         return True
 
-    def _uncancelled(self, holding: Holding) -> bool:
-        """Drop cancelled calls; False if none are left."""
-        if self._cancelled:
-            client = holding.frame.client
-            dropped = [c for c in holding.waiting if (client, c.counter) in self._cancelled]
-            for call in dropped:
+    def _wanted(self, holding: Holding) -> bool:
+        """Drop calls that were cancelled or have expired; False if none are left."""
+        client, dropped = holding.frame.client, self._dropped
+        for kind in DROPPED if dropped else ():
+            calls = [c for c in holding.waiting if dropped.get((client, c.counter)) is kind]
+            for call in calls:
                 holding.waiting.remove(call)
-            if dropped:
-                self._outbox.failure(holding, dropped, CallCancelled, "cancelled before it started")
+            if calls:
+                self._outbox.failure(holding, calls, kind, DROPPED[kind])
         return bool(holding.waiting)
 
     def _provide(self, holding: Holding) -> None:
@@ -389,7 +390,7 @@ class Intake:
         """Time has passed: calls may be late or cancelled, and the worker about to leave."""
         if not self._open:
             self._outbox.hand_back(holding, holding.take_waiting())
-        elif not self._late(holding) and self._uncancelled(holding):
+        elif not self._late(holding) and self._wanted(holding):
             self._dispatcher.take(holding)
 
     def _fail(self, holding: Holding, problem: FlameError) -> None:
@@ -406,14 +407,27 @@ class Intake:
 
     def cancel(self, client: str, counters: frozenset[int], *, spare_running: bool) -> None:
         """Stop calls that are here, and remember those that may still come."""
-        for counter in counters:
-            self._cancelled[client, counter] = None
-        while len(self._cancelled) > _REMEMBERED_CANCELS:
-            self._cancelled.popitem(last=False)
+        self._remember(client, counters, CallCancelled)
         if spare_running:
-            self._dispatcher.cancel_unstarted(client, counters)
+            self._dispatcher.drop_unstarted(client, counters, CallCancelled)
         else:
             self._dispatcher.cancel(client, counters)
+
+    def expire(self, client: str, counters: frozenset[int]) -> set[int]:
+        """Drop calls that have waited too long, now or when they come; those that have started."""
+        self._remember(client, counters, CallExpired)
+        self._dispatcher.drop_unstarted(client, counters, CallExpired)
+        started = self._dispatcher.started(client, counters)
+        for holding in self._held.values():  # their children are done, the store is not
+            if holding.frame.client == client:
+                started |= holding.convoys.keys() & counters
+        return started
+
+    def _remember(self, client: str, counters: frozenset[int], kind: type[CallError]) -> None:
+        for counter in counters:
+            self._dropped[client, counter] = kind
+        while len(self._dropped) > _REMEMBERED_DROPS:
+            self._dropped.popitem(last=False)
 
 
 def _is_used(draw: _Draw) -> bool:
