@@ -65,7 +65,12 @@ class Expiry:
         self._asking: set[asyncio.Task[None]] = set()
 
     def watch(self, lane: Lane, counters: Iterable[int], expires_at: float) -> None:
-        """See that the calls of a frame do not wait longer than this."""
+        """See that the calls of a frame do not wait longer than this.
+
+        Where workers cannot be asked what they have started, they alone enforce it.
+        """
+        if not self._inquiry.reaches_workers:
+            return
         timed = _Timed(expires_at, lane, tuple(counters))
         heappush(self._timed, timed)
         if len(self._timed) > self._sweep_at:
@@ -110,23 +115,18 @@ class Expiry:
         return [n for timed in due for n in timed.counters if n in records]
 
     async def _expire(self, due: list[_Timed]) -> None:
-        running: set[int] = set()
-        if self._inquiry.reaches_workers:
-            try:
-                running = await self._inquiry.expire(self._client_id, self._unsettled(due))
-            except FlameError as exc:
-                _log.info("expiry.not_asked", reason=str(exc))
-                for timed in due:
-                    self.watch(timed.lane, timed.counters, time() + _AGAIN_S)
-                return
+        try:
+            running = await self._inquiry.expire(self._client_id, self._unsettled(due))
+        except FlameError as exc:
+            _log.info("expiry.not_asked", reason=str(exc))
+            for timed in due:
+                self.watch(timed.lane, timed.counters, time() + _AGAIN_S)
+            return
         for timed in due:
             self._fail([n for n in timed.counters if n not in running], self._story(timed.lane))
 
     def _story(self, lane: Lane) -> CallExpired:
-        waited = (
+        return CallExpired(
             f"a call of {lane.spec.label!r} in pool {lane.pool!r} waited longer than its queue "
-            f"timeout of {lane.queue_timeout_s:g} s"
+            f"timeout of {lane.queue_timeout_s:g} s and was never started"
         )
-        if self._inquiry.reaches_workers:
-            return CallExpired(f"{waited} and was never started")
-        return CallExpired(f"{waited}; with this broker no worker can be asked whether it runs")

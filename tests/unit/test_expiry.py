@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 import flame
@@ -98,14 +100,18 @@ def test_a_service_whose_calls_expire_is_merely_not_ready(runner: flame.Runner) 
     assert not runner.service(double, pool="gpus", queue_timeout=0.05).ready(2)
 
 
-def test_calls_expire_without_a_question_where_workers_cannot_be_asked(
+def test_where_workers_cannot_be_asked_only_they_end_calls(
     runner: flame.Runner,
     client: flame.Client,
     worker: FakeWorker,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Inquiry, "reaches_workers", False)
-    with pytest.raises(CallExpired, match="no worker can be asked"):
-        runner.service(double, pool="gpus", queue_timeout=0.05)(1).get(10)
-    assert worker.expired == []
-    assert nothing_left(client)
+    worker.hold()
+    future = runner.service(double, queue_timeout=0.05)(1)
+    wait_until(lambda: worker.frames)
+    assert client.session.courier._expiry._timed == []
+    wait_until(lambda: time.time() > worker.frames[0].expires_at)
+    worker.release()
+    with pytest.raises(CallExpired):
+        future.get(10)
