@@ -221,8 +221,9 @@ class ObjectFuture(Future[T]):
         return False
 
     def _came_back(self, result: Result) -> bool:
-        _, exc = self._desk.open_outcome(result) if result.status is Status.FAILED else (None, None)
-        return isinstance(exc, CallCancelled)
+        if result.status is not Status.FAILED:
+            return False
+        return isinstance(self._desk.open_outcome(result, self._label)[1], CallCancelled)
 
     def cancelled(self) -> bool:
         """Whether the call was cancelled."""
@@ -438,7 +439,7 @@ class ObjectFuture(Future[T]):
 
     def open_item(self, item: Result) -> Any:
         """Decode an item; large ones are downloaded."""
-        value, exc = self._desk.open_outcome(item)
+        value, exc = self._desk.open_outcome(item, self._label)
         if exc is not None:
             raise exc
         return value
@@ -474,7 +475,7 @@ class ObjectFuture(Future[T]):
                 self._ref = outcome.ref
                 return opened
         # Two threads may both decode a small value; the first one's counts.
-        return self._set_opened(self._desk.open_outcome(outcome))
+        return self._set_opened(self._desk.open_outcome(outcome, self._label))
 
     def _set_opened(self, opened: _Opened) -> _Opened:
         first: _Opened = self.__dict__.setdefault("_opened", opened)
@@ -483,8 +484,8 @@ class ObjectFuture(Future[T]):
 
     def _fetch(self, outcome: Result) -> _Opened:
         if outcome.index and self._items is not None:
-            return self._desk.open_stream(self._items.ready, outcome)
-        return self._desk.open_outcome(outcome)
+            return self._desk.open_stream(self._items.ready, outcome, self._label)
+        return self._desk.open_outcome(outcome, self._label)
 
     def _prefetch(self, then: Callable[[], object]) -> None:
         """Materialise for an event loop, which must then find a result or an exception."""
