@@ -300,4 +300,6 @@ def _resolve_ref(*wire: Any) -> object:
 
 def _type_name(value: object) -> str:
     kind = type(value)
+    if kind.__module__ == "builtins":
+        return kind.__qualname__
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -73,8 +73,8 @@ def encode_failure(kind: type[FlameError], message: str) -> bytes:
     return cast(bytes, msgpack.packb(fields, unicode_errors="surrogatepass"))
 
 
-def decode_failure(payload: bytes, call_id: str) -> FlameError:
-    """The error that ``encode_failure`` named.
+def decode_failure(payload: bytes, call_id: str, label: str = "") -> FlameError:
+    """The error that ``encode_failure`` named; its message begins with what was called.
 
     Raises:
         MalformedMessage: Not such a payload, or no error of ours.
@@ -83,6 +83,8 @@ def decode_failure(payload: bytes, call_id: str) -> FlameError:
     kind = getattr(errors, str(name), None) if name in errors.__all__ else None
     if kind is None:
         raise MalformedMessage(f"a result names the unknown error {name!r}")
+    if label:
+        message = f"{label}: {message}"
     return cast(
         FlameError, kind(message, call_id) if issubclass(kind, CallError) else kind(message)
     )

@@ -16,6 +16,7 @@ from flame.desk import Desk
 from flame.futures import ObjectFuture
 from flame.inquiry import Enough, Facts, QueueDepth
 from flame.lanes import Lane
+from flame.leaving import leaving
 from flame.values import Values
 from flame_broker.config import Settings, load
 from flame_broker.errors import ConfigError, FlameError
@@ -339,9 +340,13 @@ def _after_fork() -> None:
 
 
 def _before_pools_end() -> None:
-    for session in [client.opened for client in [*_open_clients]]:
+    clients = [*_open_clients]
+    for session in [client.opened for client in clients]:
         if session is not None:
-            session.courier.get_ready()
+            leaving.quietly(session.courier.get_ready)
+    # A cluster in this process ends with it, and its calls with the cluster; others go on.
+    embedded = [client for client in clients if client.settings.broker_url is None]
+    leaving.wait_for(future for client in embedded for future in client.pending_futures())
 
 
 def _close_all() -> None:

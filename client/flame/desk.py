@@ -47,14 +47,14 @@ class Desk:
         """Run in a thread of the client's pool."""
         self._values.in_background(work)
 
-    def open_outcome(self, result: Result) -> tuple[Any, BaseException | None]:
-        """Decode an outcome into a value or an exception; may download.
+    def open_outcome(self, result: Result, label: str) -> tuple[Any, BaseException | None]:
+        """Decode an outcome of what is called ``label`` into a value or an exception; may download.
 
         Raises:
             StoreError: The value could not be fetched; another try may succeed.
         """
         if result.status in _FAILURES:
-            return None, self._open_failure(result)
+            return None, self._open_failure(result, label)
         try:
             if result.ref is None:
                 return decode_value(result.payload), None
@@ -68,7 +68,7 @@ class Desk:
             return None, problem
 
     def open_stream(
-        self, items: Iterable[Result], outcome: Result
+        self, items: Iterable[Result], outcome: Result, label: str
     ) -> tuple[Any, BaseException | None]:
         """Decode the items of a generator into a list, or its exception; may download.
 
@@ -76,19 +76,20 @@ class Desk:
             StoreError: An item could not be fetched; another try may succeed.
         """
         if outcome.status in _FAILURES:
-            return self.open_outcome(outcome)
+            return self.open_outcome(outcome, label)
         values: list[Any] = []
         for item in items:
-            value, exc = self.open_outcome(item)
+            value, exc = self.open_outcome(item, label)
             if exc is not None:
                 return None, exc
             values.append(value)
         return values, None
 
-    def _open_failure(self, result: Result) -> BaseException:
+    def _open_failure(self, result: Result, label: str) -> BaseException:
         name = call_id(self.client_id, result.counter)
-        decode = decode_error if result.status is Status.ERROR else decode_failure
-        return decode(result.payload, name)
+        if result.status is Status.ERROR:
+            return decode_error(result.payload, name)
+        return decode_failure(result.payload, name, label)
 
     def store_value(self, result: Result | None, value: object) -> ObjectRef:
         """Upload a small result that somebody wants a reference to."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
 from flame.calls import Caller
 from flame.client import default_client
+from flame.leaving import leaving
 from flame.options import ServiceOptions, make_options
 from flame.packaging import TargetCache, pack_target
 from flame.progress import Bar
@@ -49,7 +50,8 @@ class _Executors:
             self.ending = True
             made = [*self._made]
         for executor in made:
-            executor.shutdown(wait=True)
+            executor.shutdown(wait=False)
+        leaving.wait_for(future for executor in made for future in executor.pending_futures())
 
     def forget_locks(self) -> None:
         """In a forked child: locks that were held at the fork stay held for ever."""
@@ -64,7 +66,8 @@ _executors = _Executors()
 class Executor(concurrent.futures.Executor):
     """Runs functions on the workers; a drop-in for the standard library's executors.
 
-    As theirs do, it keeps the program from ending before its calls have, shut down or not.
+    As theirs do, it keeps the program from ending before its calls have, shut down or not. Unlike
+    theirs, a ``with`` block that Ctrl-C leaves does not wait: it cancels what has not started.
 
     A function is packed when it is first submitted and known by identity from then on: if its
     closure or the globals it uses change later, workers keep what was sent first. ``cancel()``
@@ -174,7 +177,7 @@ class Executor(concurrent.futures.Executor):
             FlameError: This would wait inside a done-callback, which runs in the client's thread.
         """
         with self._lock:
-            futures = self._pending()
+            futures = self.pending_futures()
             if wait and futures:
                 self._check_may_wait()
             self._shut = True
@@ -182,6 +185,18 @@ class Executor(concurrent.futures.Executor):
             self._recall(futures)
         if wait:
             concurrent.futures.wait(futures)
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._leave()
+        else:
+            self.shutdown(wait=True)
+
+    def _leave(self) -> None:
+        """Ctrl-C left the ``with`` block: nobody waits for what runs, not the end either."""
+        for future in self.pending_futures():
+            future.ends_with_client = True
+        self.shutdown(wait=False, cancel_futures=True)
 
     def _check_may_wait(self) -> None:
         if self._client is not None and not self._client.session.desk.may_block():
@@ -194,7 +209,7 @@ class Executor(concurrent.futures.Executor):
         """In a forked child: see ``ObjectFuture.forget_locks``."""
         self._lock = threading.Lock()
 
-    def _pending(self) -> list[ObjectFuture[Any]]:
+    def pending_futures(self) -> list[ObjectFuture[Any]]:
         """Our futures that are not done; the client's table has every one."""
         if self._client is None:
             return []
@@ -231,5 +246,5 @@ def _in_order(
 os.register_at_fork(after_in_child=_executors.forget_locks)
 # As concurrent.futures.thread does it; registered after it and after the client, so that this is
 # called before them: the calls may need pools of threads, which take no work once their turn has
-# come. A function of atexit would be too late. Ctrl-C ends the wait, and is told of as theirs is.
+# come. A function of atexit would be too late.
 threading._register_atexit(_executors.finish)  # type: ignore[attr-defined]  # noqa: SLF001

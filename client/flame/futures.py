@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from flame.streams import Items, ItemStream, call_in
+from flame.streams import Items, ItemStream, call_in, no_generator
 from flame.window import Gate
 from flame_broker.errors import CallCancelled, FlameError, StoreError
 from flame_broker.logs import get_logger
@@ -41,6 +41,7 @@ __all__ = ["ObjectFuture"]
 _log = get_logger("flame.client")
 
 T = TypeVar("T")
+_Opened = tuple[Any, BaseException | None]
 _OVER = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
 
 
@@ -54,7 +55,7 @@ class ObjectFuture(Future[T]):
     # Class attributes stand for "not yet": a fresh future is three attributes, not ten.
     _state = PENDING
     _outcome: Result | None = None
-    _opened: tuple[Any, BaseException | None] | None = None
+    _opened: _Opened | None = None
     _ref: ObjectRef | None = None
     _items: Items | None = None
     _progress: tuple[float, str] = (0.0, "")
@@ -139,16 +140,13 @@ class ObjectFuture(Future[T]):
         Returns:
             False if it was still going after ``timeout`` seconds.
         """
-        try:
-            self._await_end(timeout)
-        except TimeoutError:
-            return False
-        except CancelledError:
-            return True
-        return True
+        return self.wait_for(self.done, timeout)
 
     def stream(self) -> ItemStream[Any]:
-        """The items of a generator, as they arrive: an iterator, also an asynchronous one."""
+        """The items of a generator, as they arrive: an iterator, also an asynchronous one.
+
+        It raises TypeError if the call returned a value; ``[]`` passes for an empty stream.
+        """
         return ItemStream(self)
 
     def logs(self) -> list[str]:
@@ -223,8 +221,9 @@ class ObjectFuture(Future[T]):
         return False
 
     def _came_back(self, result: Result) -> bool:
-        _, exc = self._desk.open_outcome(result) if result.status is Status.FAILED else (None, None)
-        return isinstance(exc, CallCancelled)
+        if result.status is not Status.FAILED:
+            return False
+        return isinstance(self._desk.open_outcome(result, self._label)[1], CallCancelled)
 
     def cancelled(self) -> bool:
         """Whether the call was cancelled."""
@@ -253,7 +252,7 @@ class ObjectFuture(Future[T]):
         """Whether the call is still wanted."""
         return not self.cancelled()
 
-    def _end_here(self, opened: tuple[Any, BaseException | None]) -> None:
+    def _end_here(self, opened: _Opened) -> None:
         if not self._desk.withdraw(self):
             raise InvalidStateError(f"{self!r} has an outcome already")
         self._end(opened)
@@ -327,7 +326,7 @@ class ObjectFuture(Future[T]):
         """End without an outcome from a worker."""
         self._end((None, exc))
 
-    def _end(self, opened: tuple[Any, BaseException | None]) -> None:
+    def _end(self, opened: _Opened) -> None:
         self._opened = opened
         if "_condition" not in self.__dict__:
             self._state = FINISHED
@@ -440,15 +439,19 @@ class ObjectFuture(Future[T]):
 
     def open_item(self, item: Result) -> Any:
         """Decode an item; large ones are downloaded."""
-        value, exc = self._desk.open_outcome(item)
+        value, exc = self._desk.open_outcome(item, self._label)
         if exc is not None:
             raise exc
         return value
 
-    def raise_failure(self) -> None:
-        """Raise what the call raised, if it did."""
+    def check_end(self) -> None:
+        """Raise what the call raised, or TypeError if it returned a value and gave no items."""
         if not self.went_well():
             self.result(0)
+        elif not self.items and self._is_large():
+            raise no_generator(self._label, "a large value")
+        elif not self.items and not (type(value := self.result(0)) is list and not value):
+            raise no_generator(self._label, f"a {type(value).__name__}")
 
     # How it is read
 
@@ -460,7 +463,7 @@ class ObjectFuture(Future[T]):
             return self._items.large
         return outcome.ref is not None
 
-    def _open(self) -> tuple[Any, BaseException | None]:
+    def _open(self) -> _Opened:
         """The value or the exception, one object whoever asks."""
         outcome = self._outcome
         if outcome is None:
@@ -472,19 +475,17 @@ class ObjectFuture(Future[T]):
                 self._ref = outcome.ref
                 return opened
         # Two threads may both decode a small value; the first one's counts.
-        return self._set_opened(self._desk.open_outcome(outcome))
+        return self._set_opened(self._desk.open_outcome(outcome, self._label))
 
-    def _set_opened(
-        self, opened: tuple[Any, BaseException | None]
-    ) -> tuple[Any, BaseException | None]:
-        first: tuple[Any, BaseException | None] = self.__dict__.setdefault("_opened", opened)
+    def _set_opened(self, opened: _Opened) -> _Opened:
+        first: _Opened = self.__dict__.setdefault("_opened", opened)
         self._outcome = None
         return first
 
-    def _fetch(self, outcome: Result) -> tuple[Any, BaseException | None]:
+    def _fetch(self, outcome: Result) -> _Opened:
         if outcome.index and self._items is not None:
-            return self._desk.open_stream(self._items.ready, outcome)
-        return self._desk.open_outcome(outcome)
+            return self._desk.open_stream(self._items.ready, outcome, self._label)
+        return self._desk.open_outcome(outcome, self._label)
 
     def _prefetch(self, then: Callable[[], object]) -> None:
         """Materialise for an event loop, which must then find a result or an exception."""

@@ -169,9 +169,10 @@ class MapResults(Iterator[Any]):
             raise RuntimeError("a call of the map raised StopIteration") from exc
 
     def _open(self, outcome: Result | _Stream) -> tuple[Any, BaseException | None]:
+        label = self._caller.options.label
         if isinstance(outcome, _Stream):
-            return self._session.desk.open_stream(*outcome)
-        return self._session.desk.open_outcome(outcome)
+            return self._session.desk.open_stream(*outcome, label)
+        return self._session.desk.open_outcome(outcome, label)
 
     def close(self) -> None:
         """Stop: read no more input, cancel what is on its way. Safe to call twice."""

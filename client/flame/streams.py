@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from flame_broker.messages import Result, Status
 
-__all__ = ["ItemStream", "Items", "StreamSource"]
+__all__ = ["ItemStream", "Items", "StreamSource", "call_in", "no_generator"]
 
 T = TypeVar("T")
 
@@ -78,8 +78,8 @@ class StreamSource(Protocol):
     def open_item(self, item: Result) -> Any:
         """Decode an item."""
 
-    def raise_failure(self) -> None:
-        """Raise what the call raised, if it did."""
+    def check_end(self) -> None:
+        """Raise what the call raised, or TypeError if it returned a value and gave no items."""
 
 
 class ItemStream(Generic[T]):
@@ -101,7 +101,7 @@ class ItemStream(Generic[T]):
         item = self._next_item()
         if item is None:
             try:
-                self._source.raise_failure()
+                self._source.check_end()
             except StopIteration as exc:
                 # Passed on, it would be taken for the end of the stream (PEP 479).
                 raise RuntimeError("the call raised StopIteration") from exc
@@ -115,7 +115,7 @@ class ItemStream(Generic[T]):
         await self._news()
         item = self._next_item()
         if item is None:
-            self._source.raise_failure()
+            self._source.check_end()
             raise StopAsyncIteration
         if item.ref is not None:
             return await asyncio.get_running_loop().run_in_executor(None, self._open, item)
@@ -141,6 +141,11 @@ class ItemStream(Generic[T]):
         value: T = self._source.open_item(item)
         self._position += 1
         return value
+
+
+def no_generator(label: str, found: str) -> TypeError:
+    """The error for whoever wants the stream of a call that returned a value."""
+    return TypeError(f"{label} returned {found}, not a generator: get() gives it")
 
 
 def call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:

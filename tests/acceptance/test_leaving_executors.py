@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 Run = Callable[[str], list[str]]
+Start = Callable[[str], "subprocess.Popen[str]"]
 
 _WORK = """
 import threading, time
@@ -32,7 +33,7 @@ def work(number):
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
+def start(tmp_path: Path) -> Start:
     """Start a program that has ``work``, in a folder of its own."""
 
     def start_program(text: str) -> subprocess.Popen[str]:
@@ -49,7 +50,7 @@ def start(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def run(start: Callable[[str], subprocess.Popen[str]], tmp_path: Path) -> Run:
+def run(start: Start, tmp_path: Path) -> Run:
     """Run such a program to its end, without a word; which of its calls were done then."""
 
     def run_program(text: str) -> list[str]:
@@ -142,16 +143,52 @@ def test_a_forked_child_ends_whatever_its_parent_waits_for(run: Run) -> None:
     """) == ["done-1"]
 
 
-def test_ctrl_c_ends_the_wait(start: Callable[[str], subprocess.Popen[str]]) -> None:
+def test_ctrl_c_ends_the_wait_without_a_word(start: Start) -> None:
     # What is registered last is called first: the program is about to wait when it says so.
     program = start("""
         executor = flame.Executor()
         executor.submit(time.sleep, 600)
         threading._register_atexit(print, "leaving", flush=True)
     """)
+    assert _complaints_after_ctrl_c(program, "leaving") == ""
+
+
+_SLOW = """
+    with flame.Executor() as executor:
+        futures = [executor.submit(time.sleep, 600) for _ in range(6)]
+        print("waiting", flush=True)
+        futures[0].result()
+"""
+
+
+def test_ctrl_c_leaves_a_with_block_with_one_traceback(start: Start) -> None:
+    program = start(_SLOW)
+    complaints = _complaints_after_ctrl_c(program, "waiting")
+    assert complaints.count("Traceback") == 1
+    assert complaints.endswith("KeyboardInterrupt\n")
+    assert program.returncode == -signal.SIGINT
+
+
+def test_a_program_that_catches_ctrl_c_does_not_wait_at_its_end(start: Start) -> None:
+    text = textwrap.indent(textwrap.dedent(_SLOW), "    ")
+    program = start(f"try:{text}\nexcept KeyboardInterrupt:\n    raise SystemExit(3)")
+    assert _complaints_after_ctrl_c(program, "waiting") == ""
+    assert program.returncode == 3
+
+
+def test_ctrl_c_leaves_an_executor_without_a_with_block(start: Start) -> None:
+    program = start("""
+        future = flame.Executor().submit(time.sleep, 600)
+        print("waiting", flush=True)
+        future.result()
+    """)
+    assert _complaints_after_ctrl_c(program, "waiting").count("Traceback") == 1
+    assert program.returncode == -signal.SIGINT
+
+
+def _complaints_after_ctrl_c(program: subprocess.Popen[str], line: str) -> str:
+    """Press Ctrl-C when the program has said this; what it then wrote on standard error."""
     assert program.stdout is not None
-    assert program.stdout.readline() == "leaving\n"
+    assert program.stdout.readline() == f"{line}\n"
     program.send_signal(signal.SIGINT)
-    _, complaints = program.communicate(timeout=20)
-    assert complaints.count("Traceback") <= 1
-    assert complaints.rstrip().rstrip(":").endswith("KeyboardInterrupt")
+    return program.communicate(timeout=20)[1]

@@ -198,7 +198,9 @@ def test_results_with_a_wrong_signature_are_dropped_and_counted(
     assert refused == {"SignatureError": 1, "MalformedMessage": 1}
 
 
-def test_a_failure_of_the_system_is_its_own_error(runner: flame.Runner, worker: FakeWorker) -> None:
+def test_a_failure_of_the_system_is_its_own_error_and_names_the_function(
+    runner: flame.Runner, worker: FakeWorker
+) -> None:
     worker.hold()
     future = runner.service(double)(1)
     wait_until(lambda: worker.frames)
@@ -206,7 +208,7 @@ def test_a_failure_of_the_system_is_its_own_error(runner: flame.Runner, worker: 
     payload = encode_failure(CallExpired, "too late")
     failed = ResultFrame(frame.reply, frame.client, "w", (Result(1, Status.FAILED, payload),))
     worker.send(failed, frame.reply)
-    with pytest.raises(CallExpired, match="too late") as caught:
+    with pytest.raises(CallExpired, match=r"^double: too late$") as caught:
         future.get(10)
     assert caught.value.call_id == future.id
 

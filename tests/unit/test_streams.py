@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError
 
 import pytest
@@ -27,6 +28,10 @@ def count_to(limit: int) -> Iterator[int]:
 def letters(*sizes: int) -> Iterator[str]:
     for size in sizes:
         yield "x" * size
+
+
+async def _next_of(stream: AsyncIterator[object]) -> object:
+    return await anext(stream)
 
 
 class Generator:
@@ -74,6 +79,18 @@ def test_a_generator_without_items_is_an_empty_list(generator: Generator) -> Non
     generator.send(Result(1, Status.OK, encode_value([]).join()))
     assert generator.future.get(10) == []
     assert list(generator.future.stream()) == []
+
+
+@pytest.mark.parametrize("value", [[1, 1], None, {"a": 1}, "x" * LARGE])
+def test_a_stream_of_a_call_that_returned_no_generator_says_so(
+    runner: flame.Runner, value: object
+) -> None:
+    future = runner.service(copy.copy)(value)
+    with pytest.raises(TypeError, match=r"copy returned .*, not a generator"):
+        next(future.stream())
+    assert future.get() == value
+    with pytest.raises(TypeError, match=f"returned a {type(value).__name__}, not"):
+        asyncio.run(_next_of(future.stream()))
 
 
 def test_stream_items_arrive_before_the_end(generator: Generator) -> None:

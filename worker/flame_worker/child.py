@@ -20,7 +20,7 @@ import msgpack
 from flame_broker import context
 from flame_broker.codec import ResultPickler, decode_arguments, encode_value
 from flame_broker.context import CallContext
-from flame_broker.errors import FlameError, OutOfMemory, RemoteError, StoreError
+from flame_broker.errors import FlameError, OutOfMemory, PackagingError, RemoteError, StoreError
 from flame_broker.messages import INLINE_BYTES, Status, call_id
 from flame_broker.objects import ObjectRef
 from flame_broker.outcomes import encode_error, encode_failure
@@ -208,18 +208,22 @@ class CallLoop:
         self._items += 1
 
     def _encode(self, status: int, value: Any) -> Outcome:
-        encoded = encode_value(value, pickler=ResultPickler)
+        try:
+            encoded = encode_value(value, pickler=ResultPickler)
+        except PackagingError as exc:
+            what = "an item of the stream" if status == _ITEM else "the result"
+            raise _NotSent(PackagingError, f"{what} cannot be sent: {exc}") from exc
         if encoded.nbytes <= INLINE_BYTES:
             return status, encoded.join(), None
         try:
             return status, b"", self._spool.write(encoded)
         except OSError as exc:
             message = f"the worker has no room for a result of {encoded.nbytes} bytes: {exc}"
-            raise _NoRoom(message) from exc
+            raise _NotSent(StoreError, message) from exc
 
     def _describe(self, exc: BaseException) -> Outcome:
-        if isinstance(exc, _NoRoom):
-            return _FAILED, encode_failure(StoreError, str(exc)), None
+        if isinstance(exc, _NotSent):
+            return _FAILED, encode_failure(exc.kind, str(exc)), None
         if exc is self._interrupts.raised and isinstance(exc, FlameError):
             return _FAILED, encode_failure(type(exc), str(exc)), None
         if isinstance(exc, MemoryError) and self._settings.memory_bytes:
@@ -280,8 +284,12 @@ class CallLoop:
                 continue  # the call had closed it already
 
 
-class _NoRoom(StoreError):
-    """The spool cannot take a result, or an item: then the call ends, lest its stream has a gap."""
+class _NotSent(Exception):
+    """A result cannot leave, or an item: then the call ends, lest its stream has a gap."""
+
+    def __init__(self, kind: type[FlameError], message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class _Broken:

@@ -163,7 +163,8 @@ class Spool:
         try:
             await self._in_thread(self._store_file, ref, result.path)
         except (FlameError, OSError) as problem:
-            _log.warning("result.upload_failed", reason=str(problem))
+            if not isinstance(problem, _Ending):
+                _log.warning("result.upload_failed", reason=str(problem))
             payload = encode_failure(StoreError, f"the result could not be stored: {problem}")
             return Result(result.counter, Status.FAILED, payload, None, result.index)
         return Result(result.counter, result.status, b"", ref, result.index)
@@ -188,15 +189,21 @@ class Spool:
     def _in_thread(
         self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(
-            self._threads, partial(work, *args, **kwargs)
-        )
+        loop = asyncio.get_running_loop()
+        try:
+            return loop.run_in_executor(self._threads, partial(work, *args, **kwargs))
+        except RuntimeError as exc:
+            raise _Ending(f"this process ends: {exc}") from exc
 
     def _spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
         return task
+
+
+class _Ending(StoreError):
+    """No thread takes work any more: the program around an embedded cluster has ended."""
 
 
 def _target_ref(target: Target) -> ObjectRef:

@@ -1,0 +1,60 @@
+"""The end of the program: which calls it waits for, and when it does not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, Any, Final
+
+from flame_broker.logs import get_logger
+
+if TYPE_CHECKING:
+    from flame.futures import ObjectFuture
+
+__all__ = ["Leaving", "leaving"]
+
+_SILENT_S: Final = 2.0
+
+_log = get_logger("flame.client")
+
+
+class Leaving:
+    """Waits, as the interpreter ends, for calls that would else be lost; Ctrl-C ends that."""
+
+    def __init__(self) -> None:
+        self._told = False
+        self._interrupted = False
+
+    def wait_for(self, futures: Iterable[ObjectFuture[Any]]) -> None:
+        """Wait for those that do not end with their client, and say so if it takes a while."""
+        if not self._interrupted and not _ended_by_ctrl_c():
+            wanted = {future for future in futures if not future.ends_with_client}
+            self.quietly(lambda: self._wait(wanted))
+
+    def quietly(self, work: Callable[[], object]) -> None:
+        """Do something of the end; Ctrl-C leaves it without a trace, and all waiting after it."""
+        try:
+            work()
+        except KeyboardInterrupt:
+            self._interrupted = True
+
+    def _wait(self, futures: set[ObjectFuture[Any]]) -> None:
+        left = wait(futures, 0 if self._told else _SILENT_S).not_done
+        if left and not self._told:
+            self._told = True
+            _log.warning(
+                "program.waits",
+                reason=f"{len(left)} calls have not ended",
+                remedy="Ctrl-C leaves them",
+            )
+        wait(left)
+
+
+def _ended_by_ctrl_c() -> bool:
+    """Whether Ctrl-C has ended the program; at a prompt it ends a command only."""
+    kind = getattr(sys, "last_type", None)
+    return kind is KeyboardInterrupt and not hasattr(sys, "ps1")
+
+
+leaving = Leaving()
