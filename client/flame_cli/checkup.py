@@ -67,11 +67,16 @@ def check_key(settings: Settings) -> Finding:
     try:
         signs, *others = settings.keyring.ids
     except ConfigError as exc:
-        return Finding.fail(
-            "key", exc, "give this machine the key that the workers have, in a file of mode 600"
-        )
+        return Finding.fail("key", exc, _key_remedy(settings))
     also = f", also verifies {', '.join(others)}" if others else ""
     return Finding.ok("key", f"signs with id {signs}{also}, from {_key_source(settings)}")
+
+
+def _key_remedy(settings: Settings) -> str:
+    path = _key_path(settings)
+    if settings.key_text is None and path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        return f"chmod 600 {path}, and make a new key if others may have read it"
+    return "give this machine the key that the workers have, in a file of mode 600"
 
 
 def _key_path(settings: Settings) -> Path:

@@ -233,3 +233,13 @@ def test_a_key_file_shows_its_mode(tmp_path: Path) -> None:
     finding = check_key(load(environ={"FLAME_HOME": str(tmp_path)}))
     assert finding.verdict is Verdict.OK
     assert finding.text.endswith(f"from {tmp_path / 'key'} of mode 600")
+
+
+def test_a_key_file_that_others_may_read_is_to_be_closed(tmp_path: Path) -> None:
+    file = tmp_path / "shared.key"
+    file.write_text(generate_key())
+    file.chmod(0o644)
+    environ = {"FLAME_HOME": str(tmp_path), "FLAME_KEY_FILE": str(file)}
+    finding = check_key(load(environ=environ))
+    assert finding.verdict is Verdict.FAIL
+    assert finding.remedy.startswith(f"chmod 600 {file}")
