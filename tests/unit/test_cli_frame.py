@@ -68,6 +68,8 @@ def test_every_command_of_the_table_imports_and_has_help(
 ) -> None:
     assert flame("--help") == exits.DONE
     overview = capsys.readouterr().out
+    assert "flame run FILE.yaml" in overview
+    assert "flame FILE.yaml" in overview
     for name, command in COMMANDS.items():
         assert name in overview
         assert command.summary.endswith(".")
@@ -223,7 +225,12 @@ def test_config_shows_values_with_sources_and_no_secret(
     key = generate_key()
     monkeypatch.setenv("FLAME_KEY", key)
     monkeypatch.setenv("FLAME_BROKER_URL", "amqp://ann:pa55word@broker.example/")
-    for words in (["config"], ["config", "show"], ["config", "show", "--json"]):
+    for words in (
+        ["config"],
+        ["config", "show"],
+        ["config", "show", "--json"],
+        ["config", "--json"],
+    ):
         assert flame(*words) == exits.DONE
         shown = capsys.readouterr().out
         assert "amqp://ann:***@broker.example/" in shown
