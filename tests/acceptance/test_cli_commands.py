@@ -139,6 +139,8 @@ def test_without_a_broker_every_command_ends_with_69(run: Run) -> None:
     for done in ends:
         assert done.returncode == 69
         assert f"127.0.0.1:{port}: connection refused" in done.stderr
+        assert done.stderr.count(str(port)) == 1
+        assert "FLAME_BROKER_URL" in done.stderr
         assert "hidden" not in done.stderr
         assert "Traceback" not in done.stderr
 

@@ -122,9 +122,12 @@ async def test_a_start_that_fails_leaves_no_folders_behind(
     monkeypatch.setattr(SlotPool, "start", refuse)
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path must be short
     monkeypatch.setattr(bridge.tempfile, "gettempdir", lambda: str(temporary))
+    told: list[str] = []
+    monkeypatch.setattr(daemon._log, "info", lambda event, **_: told.append(event))
     settings = WorkerSettings(broker_url=url, keyring=KEYRING, home=tmp_path, slots=1)
     with pytest.raises(WorkerLost):
         await command._serve(settings)
+    assert told == ["worker.connecting"]  # what has not started does not stop
     temporary.rmdir()  # it is empty
     assert list((tmp_path / "spool").iterdir()) == []
 

@@ -137,6 +137,7 @@ class Worker:
         self._chores: set[asyncio.Task[None]] = set()
         self._leaving: asyncio.Task[None] | None = None
         self._draining = False
+        self._started = False
 
     # ── life ─────────────────────────────────────────────────────────────────
 
@@ -147,6 +148,7 @@ class Worker:
             BrokerUnavailable: No broker answered in time.
         """
         self._spool_folder.make()
+        _log.info("worker.connecting", broker=mask_url(self.settings.broker_url))
         await self._transport.open()
         await self._bridge.start()
         await asyncio.gather(self._pool.start(self._default_slots()), self._listen())
@@ -154,6 +156,7 @@ class Worker:
         await self._follow_classes()
         self._chore(self._report_health())
         self._chore(self._keep_room_for_the_aged())
+        self._started = True
         _log.info("worker.ready", **self._facts())
         self._warn_without_store()
 
@@ -183,7 +186,8 @@ class Worker:
         self._spool_folder.remove()
         if self.settings.health_file is not None:
             self.settings.health_file.unlink(missing_ok=True)
-        _log.info("worker.stopped", worker=self.settings.name)
+        if self._started:
+            _log.info("worker.stopped", worker=self.settings.name)
         self.drained.set()
 
     def kill_children(self) -> None:
