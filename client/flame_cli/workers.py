@@ -26,13 +26,13 @@ app = typer.Typer(rich_markup_mode=None)
 _COLUMNS = (
     Column("worker"),
     Column("pool"),
-    Column("host"),
+    Column("host", spare=3),  # the names of workers begin with it
     Column("slots", right=True),
     Column("busy", right=True),
-    Column("gpus", right=True),
+    Column("gpus", right=True, spare=1),
     Column("started"),
-    Column("python"),
-    Column("connected"),
+    Column("python", spare=2),
+    Column("connected", spare=4),
     Column("draining"),
 )
 _ANSWER_S: Final = 1.0

@@ -19,7 +19,7 @@ import typer
 from flame_broker import errors
 from flame_broker.keys import Key, generate_key
 from flame_broker.resources import ResourceRequirement
-from flame_cli import exits
+from flame_cli import exits, workers
 from flame_cli.commands import COMMANDS, Command
 from flame_cli.main import main
 from flame_cli.tables import Column, show_json, show_record, show_table
@@ -299,6 +299,48 @@ def test_a_table_on_a_terminal_holds_the_same_and_no_control_characters(
     assert "alpha" in shown
     assert "[bold]x[/bold]" in shown
     assert "\x1b[31m" not in shown
+
+
+def test_a_narrow_terminal_leaves_out_what_can_be_spared_and_breaks_no_id_or_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")  # no bold
+    monkeypatch.setenv("COLUMNS", "80")
+    started = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    row = {
+        "worker": "node-17.an-example-abc123",
+        "pool": "default",
+        "host": "node-17.an-example",
+        "slots": 16,
+        "busy": 3,
+        "gpus": 0,
+        "started": started,
+        "python": "3.11.12",
+        "connected": True,
+        "draining": False,
+    }
+    show_table([row], workers._COLUMNS)
+    header, line = terminal.getvalue().splitlines()
+    assert header.split() == ["WORKER", "POOL", "SLOTS", "BUSY", "GPUS", "STARTED", "DRAINING"]
+    assert row["worker"] in line
+    assert started.astimezone().strftime("%m-%d %H:%M") in line
+    assert max(len(header.rstrip()), len(line.rstrip())) <= 80
+
+
+def test_the_last_column_goes_on_in_the_next_line_and_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    show_table([{"id": "a" * 20, "text": "b" * 50}], (Column("id"), Column("text")))
+    shown = terminal.getvalue()
+    assert "a" * 20 in shown
+    assert shown.count("b") == 50
 
 
 def test_json_holds_every_key_and_times_in_utc(capsys: pytest.CaptureFixture[str]) -> None:
