@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import MagicMock
 
 import pytest
 import typer
@@ -19,10 +20,11 @@ import typer
 from flame_broker import errors
 from flame_broker.keys import Key, generate_key
 from flame_broker.resources import ResourceRequirement
-from flame_cli import exits, workers
+from flame_cli import connecting, exits, workers
 from flame_cli.commands import COMMANDS, Command
 from flame_cli.main import main
 from flame_cli.tables import Column, show_json, show_record, show_table
+from lab.wait import wait_until
 
 RunFlame = Callable[..., int]
 
@@ -382,3 +384,24 @@ def test_a_record_is_a_line_for_each_value(capsys: pytest.CaptureFixture[str]) -
         "load  0.1235",
         "for   9 s",
     ]
+
+
+# --- connecting --------------------------------------------------------------------------------
+
+
+def test_who_waits_for_a_broker_at_a_terminal_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import flame as library
+
+    terminal, client = Terminal(), MagicMock()
+
+    def connect(*, context: str | None) -> MagicMock:
+        assert context == "far"
+        wait_until(lambda: "still trying" in terminal.getvalue(), 10, "a word")
+        return client
+
+    monkeypatch.setattr(library, "connect", connect)
+    monkeypatch.setattr(connecting, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with connecting.connected("far") as found:
+        assert found is client
+    client.__exit__.assert_called_once()
