@@ -10,6 +10,7 @@ by 3.x and a missing one means 20 on 4.x, so a number that is never reached stan
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from flame_broker.messages import Priority
@@ -18,6 +19,7 @@ from flame_broker.transport import QueueKind, QueueSpec
 __all__ = [
     "DEFAULT_POOL",
     "calls_queue",
+    "check_pool",
     "classes_queue",
     "control_exchange",
     "control_queue",
@@ -34,11 +36,26 @@ __all__ = [
 DEFAULT_POOL = "default"
 
 _PREFIX: Final = "flame.v1"
+_POOL: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NO_DELIVERY_LIMIT: Final = 1_000_000
 _REPLY_EXPIRES_MS: Final = 24 * 3600 * 1000
 _LEDGER_TTL_MS: Final = 7 * 24 * 3600 * 1000
 _TELEMETRY_MESSAGES: Final = 10_000
 _CLASSES_BYTES: Final = 16 * 1024 * 1024
+
+
+def check_pool(name: object) -> str:
+    """The name itself, if a pool can have it: it becomes a part of queue names.
+
+    Raises:
+        ValueError: It cannot; the message says what was expected.
+    """
+    if not isinstance(name, str) or _POOL.fullmatch(name) is None:
+        raise ValueError(
+            "expected letters, digits, '-' and '_', up to 64 of them, since it becomes a part of "
+            "queue names"
+        )
+    return name
 
 
 def work_queue(name: str) -> QueueSpec:

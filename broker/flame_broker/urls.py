@@ -27,6 +27,7 @@ BROKER_SCHEMES: Final = ("amqp", "amqps", "memory", "redis", "rediss", "sqs", "w
 STORE_SCHEMES: Final = ("s3", "file", "http", "https")
 DATABASE_SCHEMES: Final = ("sqlite", "postgresql", "postgres")
 
+_NAMED: Final = ("amqp", "amqps")  # their hosts must be named
 _HERE: Final = ("memory", "worker")  # in this process, or the worker that runs it
 _MAX_PORT: Final = 65535
 _LOOPBACK = re.compile(r"(?:.*\.)?localhost|127(?:\.[0-9]{1,3}){3}|::1", re.ASCII)
@@ -84,7 +85,7 @@ def check_database_url(url: str) -> str:
 def broker_hosts(url: str) -> list[tuple[str, int | None]]:
     """The hosts of a URL, several of them separated by ``;``, with their ports if given.
 
-    An empty host is ``localhost`` (for SQS it is ``""``: the cloud's own endpoint).
+    An empty host is ``localhost`` for Redis, and ``""`` for SQS: the cloud's own endpoint.
 
     Raises:
         ValueError: A host or port makes no sense.
@@ -99,6 +100,8 @@ def broker_hosts(url: str) -> list[tuple[str, int | None]]:
                 f"expected {scheme}://host:port, several hosts with ';' between them and special "
                 f"characters in a password percent-encoded; found {mask_url(url)!r}"
             )
+        if scheme in _NAMED and not (match["v6"] or match["name"]):
+            raise ValueError(f"expected {scheme}://host/, found no host in {mask_url(url)!r}")
         host = match["v6"] or match["name"] or ("" if scheme == "sqs" else "localhost")
         hosts.append((host, int(match["port"]) if match["port"] else None))
     return hosts

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final, TypedDict
+from numbers import Real
+from typing import Any, TypedDict
 
 from flame.calls import CallOptions
 from flame.packaging import target_name
 from flame_broker.errors import ConfigError, FlameError
 from flame_broker.messages import Priority
 from flame_broker.resources import ResourceRequirement
-from flame_broker.topology import DEFAULT_POOL
-
-_POOL: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+from flame_broker.topology import DEFAULT_POOL, check_pool
 
 __all__ = ["ServiceOptions", "check_callable", "make_options", "seconds"]
 
@@ -53,7 +51,8 @@ def check_callable(obj: object) -> Callable[..., Any]:
     if type(obj).__module__ != "builtins" and _public_methods(obj):
         raise FlameError(
             f"services of instances are not there yet: give a function, or a bound method of the "
-            f"{kind} (it travels with its own copy of the {kind}, so no state is kept)"
+            f"{kind} (each child then has its own copy of the {kind} and changes only that, until "
+            "it is replaced, so do not rely on state)"
         )
     raise TypeError(f"expected a function, found a {kind}")
 
@@ -80,9 +79,11 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
     warmup: object = given.get("warmup", 0)
     if not isinstance(warmup, int) or warmup < 0:
         raise ValueError(f"warmup={warmup!r}: expected 0 or more, as an integer")
-    if given.get("stateful"):
-        raise ValueError("stateful=True is for instances; a function keeps no state between calls")
-    autoscale = given.get("autoscale")
+    if _switch("stateful", given.get("stateful")):
+        raise ValueError(
+            "stateful=True is for instances, which are not served yet: calls share no state"
+        )
+    autoscale = _switch("autoscale", given.get("autoscale"))
     return CallOptions(
         label=target_name(obj).rpartition(":")[2].rpartition(".")[2],
         resources=_resource_class(given.get("resreq")),
@@ -111,14 +112,31 @@ def seconds(name: str, value: float | timedelta | None) -> float:
     """A duration in seconds, 0 for none.
 
     Raises:
+        TypeError: It is no duration.
         ValueError: It is not more than 0.
     """
     if value is None:
         return 0.0
-    found = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    found = _as_seconds(value)
+    if found is None:
+        raise TypeError(f"{name}={value!r}: expected seconds as a number, a timedelta, or None")
     if not 0 < found < float("inf"):
         raise ValueError(f"{name}={value}: expected more than 0 seconds, or None for no limit")
     return found
+
+
+def _as_seconds(value: object) -> float | None:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, bool):
+        return None
+    return float(value) if isinstance(value, Real) else None
+
+
+def _switch(name: str, value: object) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected True or False, or None for the default")
+    return value
 
 
 def _resource_class(resreq: ResourceRequirement | str | None) -> str:
@@ -137,9 +155,7 @@ def _priority(name: str) -> Priority:
 
 
 def _pool(name: object) -> str:
-    if not isinstance(name, str) or _POOL.fullmatch(name) is None:
-        raise ValueError(
-            f"pool={name!r}: expected letters, digits, '-' and '_', up to 64 of them, since it "
-            "becomes a part of queue names"
-        )
-    return name
+    try:
+        return check_pool(name)
+    except ValueError as exc:
+        raise ValueError(f"pool={name!r}: {exc}") from None

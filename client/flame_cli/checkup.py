@@ -7,7 +7,8 @@ import platform
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from flame_broker.config import Settings
@@ -33,12 +34,17 @@ __all__ = [
     "check_store",
     "check_unseen_workers",
     "check_versions",
+    "check_worker_stores",
 ]
 
 _CONNECT_S: Final = 5.0
 _PING_S: Final = 5.0
 _SKEW_S: Final = 1.0
 _CONTENT: Final = b"flame doctor"
+_SAME_STORE: Final = "give clients and workers the same FLAME_STORE_URL, and restart the workers"
+
+Trial = Callable[["Client", str, float], str]
+"""Sends code and a large value through the store; says what went wrong, or ``""``."""
 
 
 def check_home(settings: Settings) -> Finding:
@@ -61,17 +67,26 @@ def check_key(settings: Settings) -> Finding:
     try:
         signs, *others = settings.keyring.ids
     except ConfigError as exc:
-        return Finding.fail(
-            "key", exc, "give this machine the key that the workers have, in a file of mode 600"
-        )
+        return Finding.fail("key", exc, _key_remedy(settings))
     also = f", also verifies {', '.join(others)}" if others else ""
     return Finding.ok("key", f"signs with id {signs}{also}, from {_key_source(settings)}")
+
+
+def _key_remedy(settings: Settings) -> str:
+    path = _key_path(settings)
+    if settings.key_text is None and path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        return f"chmod 600 {path}, and make a new key if others may have read it"
+    return "give this machine the key that the workers have, in a file of mode 600"
+
+
+def _key_path(settings: Settings) -> Path:
+    return settings.key_file or settings.home / KEY_FILE_NAME
 
 
 def _key_source(settings: Settings) -> str:
     if settings.key_text is not None:
         return settings.sources.get("key", "argument")
-    path = settings.key_file or settings.home / KEY_FILE_NAME
+    path = _key_path(settings)
     return f"{path} of mode {stat.S_IMODE(path.stat().st_mode):03o}"
 
 
@@ -147,8 +162,16 @@ def check_access(client: Client) -> Finding:
     )
 
 
-def check_pools(client: Client, workers: Sequence[Facts]) -> Iterator[Finding]:
-    """Does every pool with workers run a call?"""
+def check_pools(
+    client: Client, workers: Sequence[Facts], trial: Trial | None = None
+) -> Iterator[Finding]:
+    """Does every pool with workers run a call, and see the store that we see?
+
+    Args:
+        client: Who asks.
+        workers: Those that answered.
+        trial: Tries the store; None where there is none to try.
+    """
     pools = sorted({str(facts.get("pool")) for facts in workers})
     if not pools:
         yield Finding.fail(
@@ -157,14 +180,18 @@ def check_pools(client: Client, workers: Sequence[Facts]) -> Iterator[Finding]:
             f"{start_worker(client.key_id)}; one with another key or vhost does not hear us",
         )
     for pool in pools:
-        yield _check_pool(client, pool, [f for f in workers if f.get("pool") == pool])
+        there = [f for f in workers if f.get("pool") == pool]
+        yield _check_pool(client, pool, there, trial)
 
 
-def _check_pool(client: Client, pool: str, workers: Sequence[Facts]) -> Finding:
+def _check_pool(
+    client: Client, pool: str, workers: Sequence[Facts], trial: Trial | None
+) -> Finding:
     slots, busy = (sum(int(str(f.get(name, 0))) for f in workers) for name in ("slots", "busy"))
     size = f"pool {pool}: {len(workers)} with our key, {slots} slots, {busy} busy"
     try:
         seconds = client.ping(pool, timeout_s=_PING_S)
+        problem = trial(client, pool, _PING_S) if trial else ""
     except TimeoutError:
         late = f"{size}; no call was taken within {_PING_S:g} s"
         if busy >= slots > 0:
@@ -172,21 +199,40 @@ def _check_pool(client: Client, pool: str, workers: Sequence[Facts]) -> Finding:
         return Finding.fail("workers", late, "look into the worker's log, or restart it")
     except FlameError as exc:
         return Finding.fail("workers", f"{size}; a call failed: {exc}", "see the worker's log")
-    return Finding.ok("workers", f"{size}; a call took {seconds * 1e3:.2g} ms")
+    return _judge(size, seconds, problem)
 
 
-def check_unseen_workers(client: Client) -> Finding:
+def _judge(who: str, seconds: float, problem: str) -> Finding:
+    if problem:
+        return Finding.fail("workers", f"{who}; {problem}", _SAME_STORE)
+    return Finding.ok("workers", f"{who}; a call took {seconds * 1e3:.2g} ms")
+
+
+def check_worker_stores(settings: Settings, workers: Sequence[Facts]) -> Iterator[Finding]:
+    """Does every worker name our store? A call tries only the one that takes it."""
+    ours = mask_url(settings.store_url or "")
+    for facts in workers:
+        theirs = str(facts.get("store", ours))
+        if not theirs:
+            text = f"{_name(facts)} has none: no large values and no functions by value there"
+            yield Finding.warn("store", text, _SAME_STORE)
+        elif ours and theirs != ours:
+            yield Finding.warn("store", f"{_name(facts)} has {theirs}, this is {ours}", _SAME_STORE)
+
+
+def check_unseen_workers(client: Client, trial: Trial | None = None) -> Finding:
     """Does a call come back, where workers cannot be asked who they are?"""
     unseen = f"{client.server} has no fan-out, so workers cannot be listed"
     try:
         seconds = client.ping(timeout_s=_PING_S)
+        problem = trial(client, DEFAULT_POOL, _PING_S) if trial else ""
     except TimeoutError:
         late = f"{unseen}; no call in pool {DEFAULT_POOL} was taken within {_PING_S:g} s"
         remedy = f"if none runs, {start_worker(client.key_id)}; if all are busy, wait"
         return Finding.warn("workers", late, remedy)
     except FlameError as exc:
         return Finding.fail("workers", f"{unseen}; a call failed: {exc}", "see the worker's log")
-    return Finding.ok("workers", f"{unseen}; a call took {seconds * 1e3:.2g} ms")
+    return _judge(unseen, seconds, problem)
 
 
 def check_versions(workers: Sequence[Facts]) -> Iterator[Finding]:

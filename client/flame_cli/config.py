@@ -20,10 +20,10 @@ _COLUMNS = (Column("setting"), Column("value"), Column("source"))
 
 
 @app.callback(invoke_without_command=True)
-def config(context: typer.Context) -> None:
+def config(context: typer.Context, context_name: ContextName = None, json: Json = False) -> None:
     """Show what is configured, or make a key."""
     if context.invoked_subcommand is None:
-        show()
+        show(context=context_name, json=json)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from flame_cli.checkup import (
     check_store,
     check_unseen_workers,
     check_versions,
+    check_worker_stores,
 )
 from flame_cli.findings import Finding, Verdict
 from flame_cli.options import ContextName, Json
@@ -70,12 +71,14 @@ def examine(context: str | None = None) -> Iterator[Finding]:
     yield key
     broker = check_broker(settings)
     yield broker
-    yield check_store(settings)
+    store = check_store(settings)
+    yield store
     if Verdict.FAIL not in (key.verdict, broker.verdict):
-        yield from _examine_cluster(settings)
+        tries_store = settings.store_url is not None and store.verdict is not Verdict.FAIL
+        yield from _examine_cluster(settings, tries_store=tries_store)
 
 
-def _examine_cluster(settings: Settings) -> Iterator[Finding]:
+def _examine_cluster(settings: Settings, *, tries_store: bool) -> Iterator[Finding]:
     from flame.client import Client
 
     with Client(settings) as client:
@@ -83,18 +86,22 @@ def _examine_cluster(settings: Settings) -> Iterator[Finding]:
             access = check_access(client)
             yield access
             if access.verdict is not Verdict.FAIL:
-                yield from _examine_workers(client)
+                yield from _examine_workers(client, tries_store=tries_store)
         except FlameError as exc:
             yield Finding.fail("workers", exc, "the connection was lost meanwhile: try again")
 
 
-def _examine_workers(client: Client) -> Iterator[Finding]:
+def _examine_workers(client: Client, *, tries_store: bool) -> Iterator[Finding]:
+    from flame_cli.trial import carry
+
+    trial = carry if tries_store else None
     if not client.reaches_workers:
-        yield check_unseen_workers(client)
+        yield check_unseen_workers(client, trial)
         yield from check_aside(client, [DEFAULT_POOL])
         return
     workers = client.workers(_ANSWER_S)
-    yield from check_pools(client, workers)
+    yield from check_pools(client, workers, trial)
+    yield from check_worker_stores(client.settings, workers)
     yield from check_versions(workers)
     yield from check_clocks(workers)
     yield from check_aside(client, sorted({DEFAULT_POOL, *(str(f.get("pool")) for f in workers)}))

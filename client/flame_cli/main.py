@@ -82,6 +82,8 @@ def _frame(
 
     \b
     Examples:
+      flame run FILE.yaml     run the Runnable of a file on a worker
+      flame FILE.yaml         the same, in short
       flame ping              how far away the broker and a worker are
       flame doctor            what is wrong, and what to do
       flame config            what is configured, and where it was found

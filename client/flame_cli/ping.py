@@ -12,6 +12,7 @@ import typer
 from flame_broker.errors import FlameError
 from flame_broker.topology import DEFAULT_POOL
 from flame_cli.advice import start_worker
+from flame_cli.connecting import connected
 from flame_cli.options import ContextName, Json
 from flame_cli.tables import Column, show_json, show_table
 
@@ -56,9 +57,7 @@ def ping(
       flame ping -n 1000
       flame ping --pool default --json
     """
-    import flame
-
-    with flame.connect(context=context) as client:
+    with connected(context) as client:
         to_broker = _measure(client.ping_broker, count)
         to_worker = _measure(_trip_through(client, pool, timeout_s), count)
         server = client.server

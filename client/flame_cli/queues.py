@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flame_broker.topology import DEFAULT_POOL
+from flame_cli.connecting import connected
 from flame_cli.options import ContextName, Json
 from flame_cli.tables import Column, show_table
 
@@ -46,9 +47,7 @@ def queues(
       flame queues
       flame queues --pool default --json
     """
-    import flame
-
-    with flame.connect(context=context) as client:
+    with connected(context) as client:
         rows = [asdict(depth) for depth in client.queues(pool or _pools(client))]
     show_table(rows, _COLUMNS, as_json=json)
 

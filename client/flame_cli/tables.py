@@ -21,6 +21,7 @@ __all__ = ["Column", "show_json", "show_record", "show_table"]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _NOTHING = "-"
+_GAP = "  "
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,14 @@ class Column:
         key: Which value of a row it shows.
         header: What stands above it; the key if not given.
         right: Aligned to the right, as numbers are.
+        spare: Left out on a terminal that is too narrow for all; the highest number goes first,
+            0 never. A pipe gets every column.
     """
 
     key: str
     header: str = ""
     right: bool = False
+    spare: int = 0
 
     @property
     def title(self) -> str:
@@ -63,8 +67,8 @@ def show_table(
     elif not rows:
         typer.echo(empty, err=True, nl=bool(empty))
     else:
-        cells = [[_cell(row.get(column.key)) for column in columns] for row in rows]
-        (_show_rich if sys.stdout.isatty() else _show_plain)(columns, cells)
+        values = [[row.get(column.key) for column in columns] for row in rows]
+        (_show_rich if sys.stdout.isatty() else _show_plain)(columns, values)
 
 
 def show_record(record: Mapping[str, Any], *, as_json: bool = False) -> None:
@@ -130,25 +134,60 @@ def _utc(moment: datetime) -> datetime:
     return moment.astimezone(UTC)
 
 
-def _show_plain(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> None:
-    table = [[column.title.upper() for column in columns], *cells]
-    widths = [max(map(len, cell)) for cell in zip(*table, strict=True)]
+def _show_plain(columns: Sequence[Column], values: Sequence[Sequence[object]]) -> None:
+    table = [_titles(columns), *([_cell(value) for value in line] for line in values)]
     for line in table:
         aligned = (
             f"{cell:>{width}}" if column.right else f"{cell:<{width}}"
-            for column, width, cell in zip(columns, widths, line, strict=True)
+            for column, width, cell in zip(columns, _widths(table), line, strict=True)
         )
-        typer.echo("  ".join(aligned).rstrip())
+        typer.echo(_GAP.join(aligned).rstrip())
 
 
-def _show_rich(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> None:
+def _show_rich(columns: Sequence[Column], values: Sequence[Sequence[object]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left")
+    console = Console()
+    cells = [[_short(value) for value in line] for line in values]
+    shown = _those_that_fit(columns, _widths([_titles(columns), *cells]), console.width)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, len(_GAP), 0, 0))
+    for number in shown:
+        column = columns[number]
+        # Ids and times stay whole; what the last column holds may go on in the next line.
+        table.add_column(
+            column.title.upper(),
+            justify="right" if column.right else "left",
+            no_wrap=number != shown[-1],
+            overflow="fold",
+        )
     for line in cells:
-        table.add_row(*map(Text, line))
-    Console().print(table)
+        table.add_row(*(Text(line[number]) for number in shown))
+    console.print(table)
+
+
+def _those_that_fit(columns: Sequence[Column], widths: Sequence[int], room: int) -> list[int]:
+    """Numbers of the columns that a terminal shows."""
+    shown = list(range(len(columns)))
+    for number in sorted(shown, key=lambda number: -columns[number].spare):
+        total = sum(widths[one] for one in shown) + len(_GAP) * (len(shown) - 1)
+        if total <= room or not columns[number].spare:
+            break
+        shown.remove(number)
+    return shown
+
+
+def _titles(columns: Sequence[Column]) -> list[str]:
+    return [column.title.upper() for column in columns]
+
+
+def _widths(table: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, cell)) for cell in zip(*table, strict=True)]
+
+
+def _short(value: object) -> str:
+    """A cell for a person: times to the minute, by the local clock."""
+    if isinstance(value, datetime):
+        return value.astimezone().strftime("%m-%d %H:%M")
+    return _cell(value)

@@ -12,6 +12,7 @@ import typer
 
 from flame_broker.errors import FlameError
 from flame_cli.advice import start_worker
+from flame_cli.connecting import connected
 from flame_cli.options import ContextName, Json
 from flame_cli.tables import Column, show_record, show_table
 
@@ -26,13 +27,13 @@ app = typer.Typer(rich_markup_mode=None)
 _COLUMNS = (
     Column("worker"),
     Column("pool"),
-    Column("host"),
+    Column("host", spare=3),  # the names of workers begin with it
     Column("slots", right=True),
     Column("busy", right=True),
-    Column("gpus", right=True),
+    Column("gpus", right=True, spare=1),
     Column("started"),
-    Column("python"),
-    Column("connected"),
+    Column("python", spare=2),
+    Column("connected", spare=4),
     Column("draining"),
 )
 _ANSWER_S: Final = 1.0
@@ -59,9 +60,7 @@ def workers(
     """
     if context.invoked_subcommand is not None:
         return
-    import flame
-
-    with flame.connect(context=context_name) as client:
+    with connected(context_name) as client:
         rows = [_row(facts) for facts in client.workers(timeout_s)]
         empty = f"no worker answered within {timeout_s:g} s: {start_worker(client.key_id)}"
     show_table(rows, _COLUMNS, as_json=json, empty=empty)
@@ -75,9 +74,7 @@ def show(name: Name, context: ContextName = None, json: Json = False) -> None:
     Example:
       flame workers show "$(flame workers | awk 'NR == 2 {print $1}')"
     """
-    import flame
-
-    with flame.connect(context=context) as client:
+    with connected(context) as client:
         row = _row(_find(client, name))
     show_record(row, as_json=json)
 
@@ -94,9 +91,7 @@ def drain(
     Example:
       flame workers drain "$(flame workers | awk 'NR == 2 {print $1}')" --wait
     """
-    import flame
-
-    with flame.connect(context=context) as client:
+    with connected(context) as client:
         _find(client, name)
         client.drain_worker(name)
         while wait and _ask(client, name) is not None:

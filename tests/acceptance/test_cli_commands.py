@@ -139,6 +139,8 @@ def test_without_a_broker_every_command_ends_with_69(run: Run) -> None:
     for done in ends:
         assert done.returncode == 69
         assert f"127.0.0.1:{port}: connection refused" in done.stderr
+        assert done.stderr.count(str(port)) == 1
+        assert "FLAME_BROKER_URL" in done.stderr
         assert "hidden" not in done.stderr
         assert "Traceback" not in done.stderr
 
@@ -296,6 +298,18 @@ def test_doctor_finds_a_whole_cluster_well(cluster: LabCluster, run: Run) -> Non
     assert [line.split()[:2] for line in lines] == [["ok", check] for check in checks]
     assert cluster.key not in done.stdout
     assert "guest:guest" not in done.stdout
+
+
+def test_doctor_finds_a_worker_with_another_store_and_leaves_nothing_in_ours(
+    cluster: LabCluster, run: Run, tmp_path: Path
+) -> None:
+    cluster.worker("--slots", "1", FLAME_STORE_URL=(tmp_path / "elsewhere").as_uri())
+    done = run("doctor", "--json")
+    workers = next(one for one in answer(done, 1) if one["check"] == "workers")
+    assert workers["verdict"] == "fail"
+    assert "a function sent by value fails on a worker" in workers["text"]
+    assert "FLAME_STORE_URL" in workers["remedy"]
+    assert list((cluster.folder / "store" / "targets").glob("*")) == []
 
 
 def test_doctor_without_a_broker_ends_with_69_and_still_looks_at_the_rest(run: Run) -> None:

@@ -5,15 +5,32 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from flame_broker.config import load
-from flame_broker.errors import BrokerUnavailable, ConfigError, FlameError, StoreError
+from flame_broker.errors import (
+    BrokerUnavailable,
+    ConfigError,
+    FlameError,
+    ObjectNotFound,
+    StoreError,
+    VersionMismatch,
+)
 from flame_broker.frames import FORMAT_VERSION
 from flame_broker.keys import Key, generate_key
+from flame_broker.objects import ObjectRef
+from flame_cli import trial
 from flame_cli.advice import start_worker
-from flame_cli.checkup import check_clocks, check_key, check_pools, check_store, check_versions
+from flame_cli.checkup import (
+    check_clocks,
+    check_key,
+    check_pools,
+    check_store,
+    check_versions,
+    check_worker_stores,
+)
 from flame_cli.findings import Finding, Verdict
 from flame_cli.ping import summary
 
@@ -117,6 +134,69 @@ def test_each_pool_is_called() -> None:
     assert found[0].text == "pool a: 2 with our key, 2 slots, 0 busy; a call took 1.5 ms"
 
 
+def test_a_store_that_does_not_carry_is_a_failure_though_calls_by_name_run() -> None:
+    client: Any = Pool(0.0015)
+    lacks = "a function sent by value fails on a worker: there is no targets/ab"
+    finding = only(check_pools(client, [facts(pool="a")], lambda *_: lacks))
+    assert finding.verdict is Verdict.FAIL
+    assert lacks in finding.text
+    assert "same FLAME_STORE_URL" in finding.remedy
+
+
+class Trip:
+    """A call of the trial whose result is fetched, or not, as it is told."""
+
+    def __init__(self, problem: Exception | None, *, went_well: bool) -> None:
+        self._problem = problem
+        self._went_well = went_well
+
+    def submit(self, *_: Any) -> Trip:
+        return self
+
+    def result(self, _timeout_s: float) -> None:
+        if self._problem is not None:
+            raise self._problem
+
+    def went_well(self) -> bool:
+        return self._went_well
+
+    def as_argument(self) -> ObjectRef:
+        return ObjectRef("objects/" + "0" * 64, 1, "0" * 64)
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("trip", "says", "deleted"),
+    [
+        (Trip(None, went_well=True), "", 2),
+        (Trip(VersionMismatch("Python 3.9"), went_well=False), "", 1),
+        (Trip(ConfigError("no store"), went_well=False), "by value fails on a worker", 1),
+        (Trip(ObjectNotFound("gone"), went_well=True), "where this client does not find it", 2),
+    ],
+)
+def test_a_trial_says_on_which_side_the_store_fails_and_clears_up(
+    trip: Trip, says: str, deleted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "Caller", lambda *_: trip)
+    client = Mock()
+    said = trial.carry(client, "default", 1.0)
+    assert says in said
+    assert bool(says) == bool(said)
+    assert client.session.values.store.delete.call_count == deleted
+
+
+def test_workers_that_name_another_store_or_none_are_warned_of(tmp_path: Path) -> None:
+    settings = load(store="s3://bucket/a", environ={"FLAME_HOME": str(tmp_path)})
+    same, older = facts("same", store="s3://bucket/a"), facts("older")
+    assert [*check_worker_stores(settings, [same, older])] == []
+    found = [*check_worker_stores(settings, [facts("b", store="s3://b"), facts("n", store="")])]
+    assert [one.verdict for one in found] == [Verdict.WARN, Verdict.WARN]
+    assert found[0].text == "b has s3://b, this is s3://bucket/a"
+    assert found[1].text.startswith("n has none")
+
+
 def test_without_workers_the_key_is_named() -> None:
     client: Any = Pool(0.0)
     finding = only(check_pools(client, []))
@@ -153,3 +233,13 @@ def test_a_key_file_shows_its_mode(tmp_path: Path) -> None:
     finding = check_key(load(environ={"FLAME_HOME": str(tmp_path)}))
     assert finding.verdict is Verdict.OK
     assert finding.text.endswith(f"from {tmp_path / 'key'} of mode 600")
+
+
+def test_a_key_file_that_others_may_read_is_to_be_closed(tmp_path: Path) -> None:
+    file = tmp_path / "shared.key"
+    file.write_text(generate_key())
+    file.chmod(0o644)
+    environ = {"FLAME_HOME": str(tmp_path), "FLAME_KEY_FILE": str(file)}
+    finding = check_key(load(environ=environ))
+    assert finding.verdict is Verdict.FAIL
+    assert finding.remedy.startswith(f"chmod 600 {file}")

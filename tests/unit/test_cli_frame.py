@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import MagicMock
 
 import pytest
 import typer
@@ -19,10 +20,11 @@ import typer
 from flame_broker import errors
 from flame_broker.keys import Key, generate_key
 from flame_broker.resources import ResourceRequirement
-from flame_cli import exits
+from flame_cli import connecting, exits, workers
 from flame_cli.commands import COMMANDS, Command
 from flame_cli.main import main
 from flame_cli.tables import Column, show_json, show_record, show_table
+from lab.wait import wait_until
 
 RunFlame = Callable[..., int]
 
@@ -68,6 +70,8 @@ def test_every_command_of_the_table_imports_and_has_help(
 ) -> None:
     assert flame("--help") == exits.DONE
     overview = capsys.readouterr().out
+    assert "flame run FILE.yaml" in overview
+    assert "flame FILE.yaml" in overview
     for name, command in COMMANDS.items():
         assert name in overview
         assert command.summary.endswith(".")
@@ -223,7 +227,12 @@ def test_config_shows_values_with_sources_and_no_secret(
     key = generate_key()
     monkeypatch.setenv("FLAME_KEY", key)
     monkeypatch.setenv("FLAME_BROKER_URL", "amqp://ann:pa55word@broker.example/")
-    for words in (["config"], ["config", "show"], ["config", "show", "--json"]):
+    for words in (
+        ["config"],
+        ["config", "show"],
+        ["config", "show", "--json"],
+        ["config", "--json"],
+    ):
         assert flame(*words) == exits.DONE
         shown = capsys.readouterr().out
         assert "amqp://ann:***@broker.example/" in shown
@@ -294,6 +303,48 @@ def test_a_table_on_a_terminal_holds_the_same_and_no_control_characters(
     assert "\x1b[31m" not in shown
 
 
+def test_a_narrow_terminal_leaves_out_what_can_be_spared_and_breaks_no_id_or_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")  # no bold
+    monkeypatch.setenv("COLUMNS", "80")
+    started = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    row = {
+        "worker": "node-17.an-example-abc123",
+        "pool": "default",
+        "host": "node-17.an-example",
+        "slots": 16,
+        "busy": 3,
+        "gpus": 0,
+        "started": started,
+        "python": "3.11.12",
+        "connected": True,
+        "draining": False,
+    }
+    show_table([row], workers._COLUMNS)
+    header, line = terminal.getvalue().splitlines()
+    assert header.split() == ["WORKER", "POOL", "SLOTS", "BUSY", "GPUS", "STARTED", "DRAINING"]
+    assert row["worker"] in line
+    assert started.astimezone().strftime("%m-%d %H:%M") in line
+    assert max(len(header.rstrip()), len(line.rstrip())) <= 80
+
+
+def test_the_last_column_goes_on_in_the_next_line_and_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    show_table([{"id": "a" * 20, "text": "b" * 50}], (Column("id"), Column("text")))
+    shown = terminal.getvalue()
+    assert "a" * 20 in shown
+    assert shown.count("b") == 50
+
+
 def test_json_holds_every_key_and_times_in_utc(capsys: pytest.CaptureFixture[str]) -> None:
     east = datetime(2026, 1, 2, 5, 0, tzinfo=timezone(timedelta(hours=2)))
     show_table(
@@ -333,3 +384,24 @@ def test_a_record_is_a_line_for_each_value(capsys: pytest.CaptureFixture[str]) -
         "load  0.1235",
         "for   9 s",
     ]
+
+
+# --- connecting --------------------------------------------------------------------------------
+
+
+def test_who_waits_for_a_broker_at_a_terminal_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import flame as library
+
+    terminal, client = Terminal(), MagicMock()
+
+    def connect(*, context: str | None) -> MagicMock:
+        assert context == "far"
+        wait_until(lambda: "still trying" in terminal.getvalue(), 10, "a word")
+        return client
+
+    monkeypatch.setattr(library, "connect", connect)
+    monkeypatch.setattr(connecting, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with connecting.connected("far") as found:
+        assert found is client
+    client.__exit__.assert_called_once()

@@ -132,7 +132,7 @@ def test_another_file_is_named_by_flame_config(tmp_path: Path) -> None:
 # --- keys and stores ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broker", [None, "memory://x", LOCAL, "redis://[::1]:6379/0", "amqp://"])
+@pytest.mark.parametrize("broker", [None, "memory://x", LOCAL, "redis://[::1]:6379/0", "redis://"])
 def test_a_broker_on_this_machine_gets_a_private_key_file(home: Path, broker: str | None) -> None:
     settings = load(broker=broker, environ={"FLAME_HOME": str(home)})
     assert not (home / "key").exists()  # not before it is asked for
@@ -266,6 +266,7 @@ def test_a_missing_file_or_context_is_told(home: Path, write: WriteConfig) -> No
     [
         ("FLAME_BROKER_URL", "localhost", "amqp://"),
         ("FLAME_BROKER_URL", "http://localhost", "schemes: amqp"),
+        ("FLAME_BROKER_URL", "amqp://", "no host in 'amqp://'"),
         ("FLAME_BROKER_URL", "amqp://host:port", "host:port"),
         ("FLAME_BROKER_URL", "amqp://host:99999", "host:port"),
         ("FLAME_STORE_URL", "bucket", "s3://"),

@@ -122,8 +122,26 @@ async def test_a_start_that_fails_leaves_no_folders_behind(
     monkeypatch.setattr(SlotPool, "start", refuse)
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path must be short
     monkeypatch.setattr(bridge.tempfile, "gettempdir", lambda: str(temporary))
+    told: list[str] = []
+    monkeypatch.setattr(daemon._log, "info", lambda event, **_: told.append(event))
     settings = WorkerSettings(broker_url=url, keyring=KEYRING, home=tmp_path, slots=1)
     with pytest.raises(WorkerLost):
         await command._serve(settings)
+    assert told == ["worker.connecting"]  # what has not started does not stop
     temporary.rmdir()  # it is empty
     assert list((tmp_path / "spool").iterdir()) == []
+
+
+async def test_a_worker_without_a_store_says_so_when_it_starts(
+    url: str, transport: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: dict[str, str] = {}
+    monkeypatch.setattr(daemon._log, "warning", lambda event, **f: warnings.update({event: str(f)}))
+    settings = WorkerSettings(
+        broker_url=url, keyring=KEYRING, home=tmp_path, slots=0, capacity=Capacity(0, 2**34, 0)
+    )
+    worker = Worker(settings, transport=transport)
+    await worker.start()
+    assert "FLAME_STORE_URL" in warnings["worker.no_store"]
+    assert worker._facts()["store"] == ""
+    await worker.stop()

@@ -119,6 +119,10 @@ def test_workers_answer_the_client(client: flame.Client) -> None:
         ({"priority": "urgent"}, ValueError, "'high', 'normal', 'low'"),
         ({"timeout": 0}, ValueError, "timeout"),
         ({"queue_timeout": -3}, ValueError, "queue_timeout"),
+        ({"timeout": "1"}, TypeError, "timeout='1': expected seconds"),
+        ({"timeout": True}, TypeError, "timeout=True: expected seconds"),
+        ({"autoscale": "no"}, TypeError, "autoscale='no': expected True or False"),
+        ({"stateful": "no"}, TypeError, "stateful='no': expected True or False"),
         ({"resreq": "cpu=-1"}, ResourceError, "cpu"),
         ({"resreq": {"cpu": 1}}, TypeError, "expected text such as 'cpu="),
         ({"warmup": "2"}, ValueError, "warmup='2'"),
@@ -148,6 +152,8 @@ def test_classes_and_instances_get_a_clear_error(runner: flame.Runner) -> None:
         runner.service(Counter)
     with pytest.raises(FlameError, match="instances are not there yet"):
         runner.service(Counter())  # type: ignore[arg-type]
+    with pytest.raises(FlameError, match="each child"):
+        runner.service(Counter(), stateful=True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected a function"):
         runner.service(None)  # type: ignore[arg-type]
 

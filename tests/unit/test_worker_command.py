@@ -41,6 +41,31 @@ def test_gpus_that_the_worker_may_not_see_do_not_count(
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--cpu", "-1", "expected a number above 0"),
+        ("--cpu", "nan", "expected a number above 0"),
+        ("--cpu", "some", "expected a number above 0"),
+        ("--drain-timeout", "-1", "expected seconds, 0 or more"),
+        ("--drain-timeout", "nan", "expected seconds, 0 or more"),
+        ("--pool", "a.b", "expected letters, digits"),
+        ("--mem", "lots", "expected a size such as 16g"),
+        ("--mem", "-1", "expected a size such as 16g"),
+        ("--mem", "1g,cpu=2", "expected a size such as 16g"),
+        ("--recycle-memory", "lots", "expected a size such as 16g"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_what_was_expected(
+    option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        command.main([f"{option}={value}"])
+    assert refused.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"argument {option}: {value}: {expected}" in message
+
+
+@pytest.mark.parametrize(
     "options", [("--gpu", "-1"), ("--slots", "0"), ("--slots", "1000000"), ("--gpu", "x")]
 )
 def test_numbers_that_make_no_sense_are_wrong_usage(options: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from flame_broker.errors import ResourceError
 from flame_broker.resources import Capacity, ResourceRequirement
 from flame_worker.gpus import detect_gpus
 
@@ -52,6 +53,8 @@ def parse_bytes(text: str) -> int:
     Raises:
         ResourceError: No size.
     """
+    if "," in text:
+        raise ResourceError(f"{text!r}: expected a size such as 16g")
     return ResourceRequirement.from_string(f"mem={text}").mem_bytes
 
 

@@ -10,14 +10,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from math import inf, nan
 from pathlib import Path
 from typing import Final
 
 from flame_broker.config import load
-from flame_broker.errors import BrokerUnavailable, ConfigError, FlameError, StoreError
+from flame_broker.errors import (
+    BrokerUnavailable,
+    ConfigError,
+    FlameError,
+    ResourceError,
+    StoreError,
+)
 from flame_broker.logs import show_logs
 from flame_broker.resources import Capacity
-from flame_broker.topology import DEFAULT_POOL
+from flame_broker.topology import DEFAULT_POOL, check_pool
 from flame_worker.capacity import detect_capacity, parse_bytes
 from flame_worker.daemon import Worker, WorkerSettings
 
@@ -68,17 +75,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"flame-worker {version('flame')}")
-    parser.add_argument("--pool", default=DEFAULT_POOL, help="the pool to serve (%(default)s)")
+    parser.add_argument(
+        "--pool", type=_pool, default=DEFAULT_POOL, help="the pool to serve (%(default)s)"
+    )
     parser.add_argument("--slots", type=_slots, help="children of the default class (one a cpu)")
-    parser.add_argument("--cpu", type=float, help="cpus to reserve from (all that are detected)")
-    parser.add_argument("--mem", type=parse_bytes, help="memory to reserve from, as 16g (all)")
+    parser.add_argument("--cpu", type=_cpus, help="cpus to reserve from (all that are detected)")
+    parser.add_argument("--mem", type=_size, help="memory to reserve from, as 16g (all)")
     parser.add_argument("--gpu", type=_count, help="GPUs to reserve from (all that are detected)")
     parser.add_argument(
         "--label", action="append", default=[], metavar="K=V", help="shown in `flame workers`"
     )
     parser.add_argument(
         "--drain-timeout",
-        type=float,
+        type=_seconds,
         default=60.0,
         metavar="SECONDS",
         help="how long a drain waits for running calls (%(default)s)",
@@ -92,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--recycle-memory",
-        type=parse_bytes,
+        type=_size,
         metavar="SIZE",
         help="replace a child that keeps more than this between calls, as 8g; 0: never "
         "(memory divided by slots, 2g at least; where a class reserves memory, that)",
@@ -118,6 +127,42 @@ def _at_least(least: int, text: str) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number of {least} or more")
     return int(text)
+
+
+def _cpus(text: str) -> float:
+    number = _number(text)
+    if not 0 < number < inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = _number(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds, 0 or more")
+    return number
+
+
+def _number(text: str) -> float:
+    """What is no number is NaN, which is in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return nan
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ResourceError as problem:
+        raise argparse.ArgumentTypeError(f"{text}: expected a size such as 16g") from problem
+
+
+def _pool(text: str) -> str:
+    try:
+        return check_pool(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(f"{text}: {problem}") from problem
 
 
 def _slots(text: str) -> int:

@@ -32,6 +32,7 @@ from flame_broker.topology import (
     logs_exchange,
 )
 from flame_broker.transport import Delivery, Transport
+from flame_broker.urls import mask_url
 from flame_worker.bridge import Bridge
 from flame_worker.capacity import detect_capacity, memory_share
 from flame_worker.dispatch import Dispatcher
@@ -136,6 +137,7 @@ class Worker:
         self._chores: set[asyncio.Task[None]] = set()
         self._leaving: asyncio.Task[None] | None = None
         self._draining = False
+        self._started = False
 
     # ── life ─────────────────────────────────────────────────────────────────
 
@@ -146,6 +148,7 @@ class Worker:
             BrokerUnavailable: No broker answered in time.
         """
         self._spool_folder.make()
+        _log.info("worker.connecting", broker=mask_url(self.settings.broker_url))
         await self._transport.open()
         await self._bridge.start()
         await asyncio.gather(self._pool.start(self._default_slots()), self._listen())
@@ -153,7 +156,9 @@ class Worker:
         await self._follow_classes()
         self._chore(self._report_health())
         self._chore(self._keep_room_for_the_aged())
+        self._started = True
         _log.info("worker.ready", **self._facts())
+        self._warn_without_store()
 
     async def drain(self) -> None:
         """Take nothing more, hand back what has not started, finish what runs, then leave."""
@@ -181,7 +186,8 @@ class Worker:
         self._spool_folder.remove()
         if self.settings.health_file is not None:
             self.settings.health_file.unlink(missing_ok=True)
-        _log.info("worker.stopped", worker=self.settings.name)
+        if self._started:
+            _log.info("worker.stopped", worker=self.settings.name)
         self.drained.set()
 
     def kill_children(self) -> None:
@@ -197,6 +203,14 @@ class Worker:
             await asyncio.sleep(0.02)
         if self._intake.held:
             _log.warning("worker.drain_timeout", frames=self._intake.held)
+
+    def _warn_without_store(self) -> None:
+        if self.settings.store_url is None:
+            _log.warning(
+                "worker.no_store",
+                reason="functions by value (of scripts and notebooks) and values over 64 KiB will "
+                "fail here: set FLAME_STORE_URL, the same on clients and workers",
+            )
 
     # ── parts ────────────────────────────────────────────────────────────────
 
@@ -394,6 +408,7 @@ class Worker:
             "capacity": str(self._capacity),
             "python": platform.python_version(),
             "format": FORMAT_VERSION,
+            "store": mask_url(self.settings.store_url or ""),
             "connected": self._transport.connected,
             "draining": self._draining,
             "started_at": self._started_at,

@@ -77,9 +77,18 @@ class RabbitAddress:
             server_name=options.get("server_name"),
         )
 
+    @property
+    def places(self) -> str:
+        """Hosts with ports."""
+        return ", ".join(f"{host}:{port}" for host, port in self.hosts)
+
+    @property
+    def login(self) -> str:
+        """Where in the broker, and as whom."""
+        return f"vhost {self.vhost!r}, user {self.user!r}"
+
     def __str__(self) -> str:
-        hosts = ", ".join(f"{host}:{port}" for host, port in self.hosts)
-        return f"RabbitMQ at {hosts} (vhost {self.vhost!r}, user {self.user!r})"
+        return f"RabbitMQ at {self.places} ({self.login})"
 
 
 def _host(text: str, default_port: int) -> tuple[str, int]:

@@ -23,6 +23,11 @@ _STEADY_S: Final = 10.0  # a connection that was up this long was no failed atte
 _CONNECT_S: Final = 20.0
 _RESTORE_S: Final = 60.0
 
+_NEXT_STEP: Final = (
+    "is the broker running there, and does FLAME_BROKER_URL name it? (`flame config show` prints "
+    "what applies)"
+)
+
 _log = get_logger("flame.broker")
 
 
@@ -40,7 +45,7 @@ class Link:
     Attributes:
         address: Where to.
         up: Set while the connection stands and is restored.
-        trouble: What went wrong last, in words.
+        trouble: Where, as whom, and what went wrong last, in words.
         server: Product and version of the host that answered last.
     """
 
@@ -54,9 +59,9 @@ class Link:
         on_down: Callable[[], None],
     ) -> None:
         self.up = asyncio.Event()
-        self.trouble = "not opened"
         self.server = ""
         self.address = address
+        self._note("not opened")
         self._name = name
         self._restore = restore
         self._on_up = on_up
@@ -85,7 +90,7 @@ class Link:
         if self._keeper.done():
             self._keeper.result()
         if not self.up.is_set():
-            raise BrokerUnavailable(f"{self.address}: {self.trouble}") from self._failure
+            raise BrokerUnavailable(f"{self.trouble}; {_NEXT_STEP}") from self._failure
 
     async def close(self) -> None:
         """Give the connection up. Safe to call twice."""
@@ -96,7 +101,7 @@ class Link:
         if self._connection is not None:
             await self._connection.close()
         self._go_down()
-        self.trouble = "closed"
+        self._note("closed")
 
     def disturb(self) -> None:
         """Have the standing connection restored again: the broker closed its channel."""
@@ -109,8 +114,9 @@ class Link:
             self.server = self._connection.server
             while not self._connection.lost.done():
                 await self._serve(self._connection)
-            self.trouble = self._connection.lost.result()
-            _log.warning("broker_connection_lost", link=self._name, reason=self.trouble)
+            lost = self._connection.lost.result()
+            self._note(lost)
+            _log.warning("broker_connection_lost", link=self._name, reason=lost)
 
     async def _connect(self, parameters: Sequence[pika.ConnectionParameters]) -> Connection:
         while True:
@@ -120,7 +126,8 @@ class Link:
                     return await _open(host)
                 except ConnectFailed as exc:
                     failures[f"{host.host}:{host.port}"] = self._failure = exc
-            self.trouble = "; ".join(f"{host}: {exc}" for host, exc in failures.items())
+            reasons = "; ".join(f"{host}: {exc}" for host, exc in failures.items())
+            self.trouble = f"RabbitMQ at {reasons} ({self.address.login})"
             if all(exc.final for exc in failures.values()):
                 self._settle_first()
             await asyncio.sleep(self._backoff.next_s())
@@ -150,13 +157,16 @@ class Link:
     def _report_end(self, keeper: asyncio.Task[None]) -> None:
         """Say it aloud if a fault of ours ends the keeping: everything else would only wait."""
         if not keeper.cancelled() and (fault := keeper.exception()) is not None:
-            self.trouble = f"nobody keeps it any more: {fault!r}"
+            self._note(f"nobody keeps it any more: {fault!r}")
             asyncio.get_running_loop().call_exception_handler(
                 {"message": f"the link {self._name!r} is kept no more", "exception": fault}
             )
 
+    def _note(self, trouble: str) -> None:
+        self.trouble = f"{self.address}: {trouble}"
+
     def _restore_failed(self, trouble: str) -> None:
-        self.trouble = trouble
+        self._note(trouble)
         _log.warning("broker_restore_failed", link=self._name, reason=trouble)
 
     def _go_up(self) -> None:

@@ -187,5 +187,5 @@ class RabbitTransport:
     def _trouble(self) -> str:
         for link in (self._outbound, self._inbound):
             if not link.up.is_set():
-                return f"{link.address}: {link.trouble}"
+                return link.trouble
         return f"{self._outbound.address} is connected and silent"

@@ -1,0 +1,50 @@
+"""A client for a command, and a word to who waits for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Timer
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+if TYPE_CHECKING:
+    from flame.client import Client
+
+__all__ = ["connected"]
+
+_PATIENCE_S: Final = 2.0
+
+
+@contextmanager
+def connected(context: str | None) -> Iterator[Client]:
+    """A client that is closed at the end.
+
+    Args:
+        context: A context of the settings file.
+    """
+    import flame
+
+    with _word_to_the_waiting():
+        client = flame.connect(context=context)
+    with client:
+        yield client
+
+
+@contextmanager
+def _word_to_the_waiting() -> Iterator[None]:
+    """A broker that is away is tried for 10 s: on a terminal, say what takes so long."""
+    timer = Timer(_PATIENCE_S, _say)
+    timer.daemon = True
+    if sys.stderr.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say() -> None:
+    typer.echo("no answer from the broker yet, still trying …", err=True)
