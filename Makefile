@@ -40,9 +40,10 @@ test: $(VENV)/.dev  ## Run all tests; installs RabbitMQ and Redis when they are 
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-all
-test-all: test  ## Run all tests, then those of the broker against RabbitMQ 4 (root, debootstrap)
+test-all: test  ## Run all tests, then those against PostgreSQL and RabbitMQ 4 (root, debootstrap)
 	@PYTHONPATH=tests $(BIN)/python -m lab.debian || echo "Without it the tests below are skipped"
-	@LAB_RABBIT=4 $(BIN)/python -m pytest tests/integration tests/acceptance/test_broker_faults.py \
+	@tools/require pg_ctlcluster=postgresql
+	@LAB_ALL=1 LAB_RABBIT=4 $(BIN)/python -m pytest tests/integration tests/acceptance/test_broker_faults.py \
 		$(ARGS)
 
 .PHONY: soak

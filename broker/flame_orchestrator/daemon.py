@@ -1,0 +1,217 @@
+"""The orchestrator: takes what the ledger queue brings, and answers questions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from time import time
+from typing import Final, TypeVar
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from flame_broker.backoff import Backoff
+from flame_broker.connect import open_transport
+from flame_broker.errors import FlameError
+from flame_broker.frames import open_frame
+from flame_broker.keys import Key, Keyring
+from flame_broker.logs import get_logger
+from flame_broker.messages import CallFrame, ControlFrame, ResultFrame
+from flame_broker.topology import calls_exchange, ledger_queue, questions_queue
+from flame_broker.transport import Delivery, QueueSpec, Transport
+from flame_orchestrator.answers import Answers
+from flame_orchestrator.database import open_database
+from flame_orchestrator.history import History
+from flame_orchestrator.ledger import Arrival, Ledger
+
+__all__ = ["Orchestrator", "OrchestratorSettings"]
+
+_log = get_logger("flame.orchestrator")
+
+T = TypeVar("T")
+
+_GATHER_S: Final = 0.02
+_MOST_FRAMES: Final = 500
+_LAST_WRITE_S: Final = 5.0
+_HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
+_FORGET_EVERY_S: Final = 600.0
+_AHEAD: Final = 2000
+_QUESTIONS_AHEAD: Final = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrchestratorSettings:
+    """What an orchestrator is told.
+
+    Args:
+        broker_url: The broker.
+        keyring: Keys whose calls it follows.
+        database_url: Where it keeps them.
+        keep: How long ended calls are kept.
+        keep_calls: How many calls are kept, roughly.
+    """
+
+    broker_url: str
+    keyring: Keyring
+    database_url: str
+    keep: timedelta = timedelta(days=30)
+    keep_calls: int = 10_000_000
+
+
+class Orchestrator:
+    """Keeps the story of every tracked call. ``start``, then ``stop``; lives in one loop.
+
+    A frame is acked when it is in the database. While the database refuses, frames wait in the
+    broker.
+    """
+
+    def __init__(self, settings: OrchestratorSettings) -> None:
+        self.settings = settings
+        self._transport: Transport = open_transport(settings.broker_url, name="flame-orchestrator")
+        # One thread: SQLite has one writer, and what is asked sees what was written before.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flame-ledger")
+        self._inbox: list[tuple[Arrival, Delivery]] = []
+        self._writing: asyncio.Task[None] | None = None
+        self._engine: Engine | None = None
+        self._leaving = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Open the database, connect, begin to listen.
+
+        Raises:
+            ConfigError: The database cannot be opened.
+            BrokerUnavailable: No broker answered in time.
+        """
+        loop = asyncio.get_running_loop()
+        engine = await loop.run_in_executor(self._thread, open_database, self.settings.database_url)
+        self._engine = engine
+        self._ledger, history = Ledger(engine), History(engine)
+        self._answers = Answers(self._transport, history, self._thread)
+        await self._transport.open()
+        for key in self.settings.keyring:
+            await self._listen(key)
+        self._later(self._forget())
+        _log.info("orchestrator.ready", database=engine.url.render_as_string())
+
+    async def stop(self) -> None:
+        """Leave; what is not written is not acked, and comes again."""
+        self._leaving = True
+        if self._writing is not None:
+            await asyncio.wait([self._writing], timeout=_LAST_WRITE_S)
+        for task in [*self._tasks, *filter(None, [self._writing])]:
+            task.cancel()
+        await self._transport.close()
+        self._thread.shutdown()
+        if self._engine is not None:
+            self._engine.dispose()
+        _log.info("orchestrator.stopped")
+
+    async def _listen(self, key: Key) -> None:
+        exchange, spec = calls_exchange(key.hex_id), ledger_queue(key.hex_id)
+        await self._transport.declare_exchange(exchange, "topic")
+        ledger = QueueSpec(
+            spec.name, spec.kind, arguments=spec.arguments, bindings=((exchange, "#"),)
+        )
+        questions = questions_queue(key.hex_id)
+        await self._transport.declare(ledger, questions)
+        await self._transport.consume(ledger.name, self._on_ledger, prefetch=_AHEAD)
+        await self._transport.consume(questions.name, self._on_question, prefetch=_QUESTIONS_AHEAD)
+
+    # ── the ledger ───────────────────────────────────────────────────────────
+
+    def _on_ledger(self, delivery: Delivery) -> None:
+        if self._leaving:
+            return  # not acked: it comes again
+        try:
+            # A copy: it is signed for the queue that the original went to.
+            frame, _ = open_frame(delivery.body, self.settings.keyring)
+        except FlameError as problem:
+            _log.warning("ledger.refused", reason=str(problem))
+            delivery.ack()
+            return
+        if not isinstance(frame, (CallFrame, ResultFrame)) or not _is_countable(frame):
+            delivery.ack()
+            return
+        self._inbox.append((Arrival(frame, delivery.body), delivery))
+        if self._writing is None:
+            self._writing = asyncio.ensure_future(self._write())
+            self._writing.add_done_callback(self._written)
+
+    async def _write(self) -> None:
+        backoff = Backoff()
+        await asyncio.sleep(_GATHER_S)
+        while self._inbox:
+            taken = self._inbox[:_MOST_FRAMES]
+            arrivals = [arrival for arrival, _ in taken]
+            try:
+                ended = await self._in_thread(partial(self._ledger.record, arrivals))
+            except SQLAlchemyError as problem:
+                _log.warning("ledger.write_failed", reason=str(problem), frames=len(taken))
+                await asyncio.sleep(backoff.next_s())
+                continue
+            backoff.reset()
+            del self._inbox[: len(taken)]
+            for _, delivery in taken:
+                delivery.ack()
+            self._answers.tell(ended)
+
+    def _written(self, writing: asyncio.Task[None]) -> None:
+        self._writing = None
+        if not writing.cancelled() and (fault := writing.exception()) is not None:
+            # A fault of ours. What it concerns is not acked, and comes again after a restart.
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "the ledger cannot be written", "exception": fault}
+            )
+
+    async def _forget(self) -> None:
+        """Forget what is too old or too much, from time to time."""
+        while True:
+            oldest = time() - self.settings.keep.total_seconds()
+            work = partial(self._ledger.forget, before=oldest, keep_calls=self.settings.keep_calls)
+            try:
+                forgotten = await self._in_thread(work)
+            except SQLAlchemyError as problem:
+                _log.warning("ledger.not_forgotten", reason=str(problem))
+            else:
+                if forgotten:
+                    _log.info("ledger.forgot", rows=forgotten)
+            await asyncio.sleep(_FORGET_EVERY_S)
+
+    # ── questions ────────────────────────────────────────────────────────────
+
+    def _on_question(self, delivery: Delivery) -> None:
+        delivery.ack()
+        if self._leaving:
+            return  # who asked asks again
+        try:
+            frame, key = open_frame(delivery.body, self.settings.keyring, queue=delivery.queue)
+        except FlameError as problem:
+            _log.warning("question.refused", reason=str(problem))
+            return
+        if isinstance(frame, ControlFrame):
+            self._later(self._answers.answer(frame, key))
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        try:
+            done = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except RuntimeError:
+            # The program around us ends, and its thread pools have ended: the last words are
+            # written in this thread, which nobody needs any more.
+            return work()
+        return await done
+
+
+def _is_countable(frame: CallFrame | ResultFrame) -> bool:
+    """Whether a database can hold the numbers of its calls; no client of ours counts that far."""
+    items = frame.calls if isinstance(frame, CallFrame) else frame.results
+    return bool(items) and all(0 <= item.counter <= _HIGHEST for item in items)

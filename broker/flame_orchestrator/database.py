@@ -1,0 +1,80 @@
+"""Opening the database: SQLite by default, PostgreSQL by URL, brought to this version's schema."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import Engine, create_engine, event, inspect, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from flame_broker.errors import ConfigError
+
+__all__ = ["SCHEMA_VERSION", "default_url", "open_database"]
+
+SCHEMA_VERSION: Final = "0001"
+"""The last migration."""
+
+_MIGRATIONS: Final = Path(__file__).with_name("migrations")
+_LOCK_WAIT_MS: Final = 10_000
+
+
+def default_url(home: Path) -> str:
+    """Where the history is kept unless told: a file in ``FLAME_HOME``."""
+    return f"sqlite:///{home.absolute()}/ledger.sqlite"
+
+
+def open_database(url: str) -> Engine:
+    """Connect and bring the tables up to date.
+
+    Raises:
+        ConfigError: The URL is not one, its driver is missing, or the database cannot be opened.
+    """
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() == "sqlite" and parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(parsed)
+        if parsed.get_backend_name() == "sqlite":
+            event.listen(engine, "connect", _prepare_sqlite)
+        _migrate(engine)
+    except (ArgumentError, NoSuchModuleError, ImportError) as exc:
+        raise ConfigError(
+            f"FLAME_DATABASE_URL: {exc}; expected sqlite:///file or postgresql+psycopg://host/name"
+        ) from exc
+    except (SQLAlchemyError, OSError) as exc:
+        raise ConfigError(f"the database {_masked(url)} cannot be opened: {exc}") from exc
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    # A write-ahead log lets readers go on beside the writer. FULL syncs it at each commit: what is
+    # acked must outlive a power cut (sqlite.org/wal.html).
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={_LOCK_WAIT_MS}"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _migrate(engine: Engine) -> None:
+    if _version(engine) == SCHEMA_VERSION:
+        return  # alembic takes longer to load than all the rest
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _version(engine: Engine) -> str | None:
+    with engine.connect() as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return None
+        return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
+
+
+def _masked(url: str) -> str:
+    return make_url(url).render_as_string(hide_password=True)

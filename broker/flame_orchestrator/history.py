@@ -1,0 +1,263 @@
+"""Questions to the ledger: what became of a call, and which calls there are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Engine, Row, Select, select
+
+from flame_broker.frames import reread
+from flame_broker.messages import Result, ResultFrame, Status, call_id, parse_call_id
+from flame_orchestrator.schema import batches, failures, outcomes
+from flame_orchestrator.spans import Span, overlapping
+from flame_orchestrator.states import TERMINAL, CallState
+
+__all__ = ["Facts", "History", "Outcome"]
+
+Facts = dict[str, Any]
+"""A call as people see it: plain values by name."""
+
+_NEAR = 256
+_FAILED = TERMINAL - {CallState.SUCCEEDED}
+
+
+class Outcome(NamedTuple):
+    """How a call ended.
+
+    Attributes:
+        items: The items of its stream, as far as they are known.
+        final: Its end.
+    """
+
+    items: list[Result]
+    final: Result
+
+
+class History:
+    """Reads. Its methods block: call them in a thread.
+
+    Args:
+        engine: The database.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def calls(self, *, state: CallState | None = None, label: str = "", limit: int) -> list[Facts]:
+        """The newest calls, or those in one state."""
+        with self._engine.connect() as connection:
+            if state in _FAILED:
+                return [*_failed(connection, state, label, limit)]
+            found = [*islice(_listed(connection, state, label, limit), limit)]
+            _add_ends(connection, found)
+            return found
+
+    def story(self, client: str, counter: int) -> Facts | None:
+        """All that is known of one call; None if nothing is."""
+        with self._engine.connect() as connection:
+            batch = _batch_of(connection, client, counter)
+            outcome = _outcome_of(connection, client, counter)
+            if batch is None and outcome is None:
+                return None
+            facts: Facts = {"id": call_id(client, counter), "state": CallState.QUEUED.value}
+            if batch is not None:
+                facts |= _circumstances(batch)
+                if _has_ended(batch, counter):
+                    facts["state"] = CallState.SUCCEEDED.value
+            if outcome is not None:
+                row, final = outcome
+                facts |= {"state": CallState.SUCCEEDED.value, **_end(row, final)}
+                facts |= _failure_of(connection, client, counter)
+            return facts
+
+    def outcome(self, client: str, counter: int) -> Outcome | None:
+        """The outcome itself; None while the call has not ended."""
+        with self._engine.connect() as connection:
+            found = _outcome_of(connection, client, counter)
+            if found is None:
+                return None
+            _, final = found
+            if not final.index:
+                return Outcome([], final)
+            every = (result for _, result in _results_of(connection, client, counter))
+            items = {r.index: r for r in every if r.status is Status.ITEM}
+            return Outcome([items[n] for n in sorted(items)], final)
+
+    def frames_about(self, client: str, counters: Iterable[int]) -> list[ResultFrame]:
+        """The results of these calls of a client, in the frames that brought them."""
+        found: dict[int, ResultFrame] = {}
+        with self._engine.connect() as connection:
+            for first, last in _runs(sorted(counters)):
+                for row, frame in _result_frames(connection, client, first, last):
+                    found[row.id] = frame
+        return [found[row] for row in sorted(found)]
+
+
+def _runs(ordered: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of numbers that are near one another."""
+    start = 0
+    for at in range(1, len(ordered) + 1):
+        if at == len(ordered) or ordered[at] - ordered[at - 1] > _NEAR:
+            yield ordered[start], ordered[at - 1]
+            start = at
+
+
+def _listed(
+    connection: Connection, state: CallState | None, label: str, limit: int
+) -> Iterator[Facts]:
+    """Calls by batch, the newest first, without decoding what they carry."""
+    wanted = select(
+        batches.c.client, batches.c.first, batches.c.last, batches.c.counters,
+        batches.c.label, batches.c.target, batches.c.queue, batches.c.queued_at,
+        batches.c.attempt, batches.c.expires_at, batches.c.done,
+    ).order_by(batches.c.id.desc()).limit(limit)  # fmt: skip
+    if label:
+        wanted = wanted.where(batches.c.label == label)
+    if state is CallState.QUEUED:
+        wanted = wanted.where(batches.c.unended > 0)
+    rows: Iterable[Row[Any]] = connection.execute(wanted)
+    for row in rows:
+        span = Span.load(row.first, row.last, row.counters)
+        done = int.from_bytes(row.done, "little")
+        failed = _failures_in(connection, row.client, row.first, row.last) if done else {}
+        for at in range(len(span) - 1, -1, -1):
+            counter = span.counters[at]
+            facts = _summary(row, counter, ended=bool(done >> at & 1), failed=failed)
+            if state is None or facts["state"] == state.value:
+                yield facts
+
+
+def _add_ends(connection: Connection, calls: list[Facts]) -> None:
+    """Say where and when calls ended that went well; failures say so themselves."""
+    well: dict[str, dict[int, Facts]] = defaultdict(dict)
+    for facts in calls:
+        if facts["state"] == CallState.SUCCEEDED.value:
+            client, counter = parse_call_id(facts["id"])
+            well[client][counter] = facts
+    for client, by_counter in well.items():
+        for first, last in _runs(sorted(by_counter)):
+            for row, frame in _result_frames(connection, client, first, last):
+                for result in frame.results:
+                    if result.counter in by_counter and result.status is Status.OK:
+                        by_counter.pop(result.counter).update(_end(row, result))
+
+
+def _summary(row: Row[Any], counter: int, *, ended: bool, failed: Mapping[int, Facts]) -> Facts:
+    facts: Facts = {
+        "id": call_id(row.client, counter),
+        "state": (CallState.SUCCEEDED if ended else CallState.QUEUED).value,
+        **_circumstances(row),
+    }
+    if counter in failed:
+        facts |= failed[counter]
+    return facts
+
+
+def _circumstances(row: Row[Any]) -> Facts:
+    pool, resources, priority = [*row.queue.split(".")[3:], "", "", ""][:3]
+    return {
+        "label": row.label,
+        "target": row.target,
+        "pool": pool,
+        "resources": resources,
+        "priority": priority,
+        "queued_at": row.queued_at,
+        "attempt": row.attempt,
+        "expires_at": row.expires_at or None,
+    }
+
+
+def _failed(
+    connection: Connection, state: CallState | None, label: str, limit: int
+) -> Iterator[Facts]:
+    wanted = select(failures).where(failures.c.state == (state.value if state else ""))
+    found = 0
+    for row in connection.execute(wanted.order_by(failures.c.id.desc())):
+        batch = _batch_of(connection, row.client, row.counter)
+        if label and (batch is None or batch.label != label):
+            continue
+        around = _circumstances(batch) if batch is not None else {}
+        yield {"id": call_id(row.client, row.counter), **around, **_failure(row)}
+        found += 1
+        if found == limit:
+            return
+
+
+def _failures_in(connection: Connection, client: str, first: int, last: int) -> dict[int, Facts]:
+    rows = connection.execute(
+        select(failures).where(failures.c.client == client, failures.c.counter.between(first, last))
+    )
+    return {row.counter: _failure(row) for row in rows}
+
+
+def _failure_of(connection: Connection, client: str, counter: int) -> Facts:
+    return _failures_in(connection, client, counter, counter).get(counter, {})
+
+
+def _failure(row: Row[Any]) -> Facts:
+    return {
+        "state": row.state,
+        "error": row.error,
+        "reason": row.reason,
+        "worker": row.worker,
+        "ended_at": row.ended_at,
+    }
+
+
+def _batch_of(connection: Connection, client: str, counter: int) -> Row[Any] | None:
+    wanted = select(batches).where(overlapping(batches, client, counter, counter))
+    for row in connection.execute(wanted.order_by(batches.c.id)):
+        if Span.load(row.first, row.last, row.counters).bits([counter]):
+            return row
+    return None
+
+
+def _has_ended(batch: Row[Any], counter: int) -> bool:
+    span = Span.load(batch.first, batch.last, batch.counters)
+    return bool(span.bits([counter]) & int.from_bytes(batch.done, "little"))
+
+
+def _outcome_of(
+    connection: Connection, client: str, counter: int
+) -> tuple[Row[Any], Result] | None:
+    """The first terminal outcome of a call, and where it stands."""
+    for row, result in _results_of(connection, client, counter):
+        if result.status is not Status.ITEM:
+            return row, result
+    return None
+
+
+def _results_of(
+    connection: Connection, client: str, counter: int
+) -> Iterator[tuple[Row[Any], Result]]:
+    for row, frame in _result_frames(connection, client, counter, counter):
+        for result in frame.results:
+            if result.counter == counter:
+                yield row, result
+
+
+def _result_frames(
+    connection: Connection, client: str, first: int, last: int
+) -> Iterator[tuple[Row[Any], ResultFrame]]:
+    for row in connection.execute(_overlapping(client, first, last)):
+        frame = reread(row.body)
+        assert isinstance(frame, ResultFrame)
+        yield row, frame
+
+
+def _overlapping(client: str, first: int, last: int) -> Select[Any]:
+    found = select(outcomes).where(overlapping(outcomes, client, first, last))
+    return found.order_by(outcomes.c.id)
+
+
+def _end(row: Row[Any], final: Result) -> Facts:
+    size = final.ref.size if final.ref is not None else len(final.payload)
+    return {
+        "worker": row.worker,
+        "ended_at": row.ended_at,
+        "result_bytes": size,
+        "result_key": final.ref.key if final.ref is not None else None,
+    }
