@@ -5,6 +5,7 @@
     FlameError
     ├── ConfigError                 a setting is missing or wrong
     ├── BrokerUnavailable           no broker took it within the deadline
+    ├── NoOrchestrator              what was asked needs one, and none answered
     ├── SignatureError              a known key, a wrong signature
     ├── MalformedMessage            bytes that are not one of our frames
     ├── VersionMismatch             a frame of a newer format, or another Python
@@ -41,6 +42,7 @@ __all__ = [
     "EnvironmentBuildError",
     "FlameError",
     "MalformedMessage",
+    "NoOrchestrator",
     "ObjectNotFound",
     "OutOfMemory",
     "PackagingError",
@@ -67,6 +69,10 @@ class ConfigError(FlameError):
 
 class BrokerUnavailable(FlameError):
     """No broker accepted the message within its deadline."""
+
+
+class NoOrchestrator(FlameError):
+    """What was asked needs an orchestrator, and none answered; start ``flame-orchestrator``."""
 
 
 class SignatureError(FlameError):

@@ -53,6 +53,7 @@ __all__ = [
     "encode",
     "identity",
     "open_frame",
+    "reread",
     "resign",
 ]
 
@@ -122,6 +123,15 @@ def open_frame(body: bytes, keyring: Keyring, *, queue: str | None = None) -> Op
     if queue is not None and frame.queue != queue:
         raise SignatureError(f"a frame signed for the queue {frame.queue!r} arrived in {queue!r}")
     return Opened(frame, key)
+
+
+def reread(body: bytes) -> Frame:
+    """Decode a frame whose signature was checked when it arrived, as it was stored.
+
+    Raises:
+        MalformedMessage: It was not stored whole.
+    """
+    return _read(memoryview(body)[_BODY_AT:])
 
 
 def resign(body: bytes, by: Key, key: Key) -> bytes:
@@ -199,7 +209,7 @@ def _encode_calls(frame: CallFrame) -> tuple[object, ...]:
         frame.handed,
         frame.expires_at,
         (target.name, target.sha256, target.size, target.python),
-        (spec.resources, spec.timeout_s, spec.grace_s, spec.echo, spec.label),
+        (spec.resources, spec.timeout_s, spec.grace_s, spec.echo, spec.label, spec.track),
         [call[:2] if not call[2] else _call_with_refs(call) for call in frame.calls],
     )
 
@@ -243,8 +253,14 @@ def _target(name: str, sha256: str, size: int, python: str) -> Target:
     return Target(_check(name, str), sha256, _check(size, int), _check(python, str))
 
 
-def _spec(
-    target: Target, resources: str, timeout_s: float, grace_s: float, echo: bool, label: str
+def _spec(  # noqa: PLR0917  # one parameter a field on the wire
+    target: Target,
+    resources: str,
+    timeout_s: float,
+    grace_s: float,
+    echo: bool,
+    label: str,
+    track: bool,
 ) -> CallSpec:
     return CallSpec(
         target=target,
@@ -253,6 +269,7 @@ def _spec(
         grace_s=_seconds(grace_s),
         echo=_check(echo, bool),
         label=_check(label, str),
+        track=_check(track, bool),
     )
 
 

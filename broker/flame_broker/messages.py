@@ -133,6 +133,7 @@ class CallSpec:
         grace_s: From the soft timeout (an exception in the call) to the hard one (its end).
         echo: Send the call's output to the client's console.
         label: The name the user knows the service by.
+        track: Keep the call's story in the ledger, where an orchestrator does so.
     """
 
     target: Target
@@ -141,6 +142,7 @@ class CallSpec:
     grace_s: float = 5.0
     echo: bool = True
     label: str = ""
+    track: bool = True
 
 
 class Call(NamedTuple):

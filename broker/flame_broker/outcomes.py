@@ -14,8 +14,9 @@ import msgpack
 from flame_broker import errors
 from flame_broker.codec import ResultPickler, decode_value, encode_value
 from flame_broker.errors import CallError, FlameError, MalformedMessage, RemoteError
+from flame_broker.messages import Result, Status
 
-__all__ = ["decode_error", "decode_failure", "encode_error", "encode_failure"]
+__all__ = ["decode_error", "decode_failure", "describe", "encode_error", "encode_failure"]
 
 _TEXT_BYTES = 32 * 1024
 """Three such texts and a pickle of that size fit into the smallest message that a broker takes
@@ -88,6 +89,17 @@ def decode_failure(payload: bytes, call_id: str, label: str = "") -> FlameError:
     return cast(
         FlameError, kind(message, call_id) if issubclass(kind, CallError) else kind(message)
     )
+
+
+def describe(result: Result) -> tuple[str, str]:
+    """Name and message of what went wrong, for people; nothing is unpickled.
+
+    Raises:
+        MalformedMessage: The payload describes no failure.
+    """
+    length = 4 if result.status is Status.ERROR else 2
+    name, message = _unpack(result.payload, length)[:2]
+    return str(name).removeprefix("builtins."), str(message)
 
 
 def _unpack(payload: bytes, length: int) -> list[Any]:

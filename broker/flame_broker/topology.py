@@ -11,6 +11,7 @@ by 3.x and a missing one means 20 on 4.x, so a number that is never reached stan
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Final
 
 from flame_broker.messages import Priority
@@ -18,6 +19,7 @@ from flame_broker.transport import QueueKind, QueueSpec
 
 __all__ = [
     "DEFAULT_POOL",
+    "calls_exchange",
     "calls_queue",
     "check_pool",
     "classes_queue",
@@ -28,8 +30,10 @@ __all__ = [
     "logs_exchange",
     "logs_queue",
     "parked_queue",
+    "questions_queue",
     "reply_queue",
     "suspects_queue",
+    "tracked",
     "work_queue",
 ]
 
@@ -40,6 +44,7 @@ _POOL: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NO_DELIVERY_LIMIT: Final = 1_000_000
 _REPLY_EXPIRES_MS: Final = 24 * 3600 * 1000
 _LEDGER_TTL_MS: Final = 7 * 24 * 3600 * 1000
+_QUESTION_TTL_MS: Final = 60 * 1000
 _TELEMETRY_MESSAGES: Final = 10_000
 _CLASSES_BYTES: Final = 16 * 1024 * 1024
 
@@ -93,11 +98,33 @@ def parked_queue(key_id: str, pool: str) -> QueueSpec:
     return work_queue(f"{_PREFIX}.{key_id}.{pool}.parked")
 
 
+def calls_exchange(key_id: str) -> str:
+    """The topic exchange that tracked calls and their results go through; keys are queue names.
+
+    The broker itself copies each frame to the ledger, once an orchestrator has bound it (rule 8).
+    """
+    return f"{_PREFIX}.{key_id}.calls"
+
+
+def tracked(queue: QueueSpec, key_id: str) -> QueueSpec:
+    """The same queue, reached through the calls exchange as well."""
+    return replace(queue, bindings=((calls_exchange(key_id), queue.name),))
+
+
 def ledger_queue(key_id: str) -> QueueSpec:
     """Results whose reply queue is gone (rule 9), kept a week for the orchestrator."""
     spec = work_queue(f"{_PREFIX}.{key_id}.ledger")
     return QueueSpec(
         spec.name, spec.kind, arguments={**spec.arguments, "x-message-ttl": _LEDGER_TTL_MS}
+    )
+
+
+def questions_queue(key_id: str) -> QueueSpec:
+    """Where the orchestrator takes questions; the one that leads answers (rule 11)."""
+    return QueueSpec(
+        f"{_PREFIX}.{key_id}.questions",
+        QueueKind.CLASSIC,
+        arguments={"x-single-active-consumer": True, "x-message-ttl": _QUESTION_TTL_MS},
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flame import errors as errors
+    from flame.attached import attach as attach
     from flame.client import Client as Client
     from flame.client import connect as connect
     from flame.executor import Executor as Executor
@@ -44,6 +45,7 @@ _HOMES = {
     "Runner": "flame.runner",
     "RunnerService": "flame.service",
     "SafeExecutionContext": "flame.runnable.safe",
+    "attach": "flame.attached",
     "connect": "flame.client",
     "current_call": "flame_broker.context",
 }

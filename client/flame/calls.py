@@ -18,7 +18,7 @@ from flame_broker.codec import Encoded, encode_arguments, encode_scalars, encode
 from flame_broker.errors import FlameError, PackagingError
 from flame_broker.messages import INLINE_BYTES, Call, CallSpec, Priority
 from flame_broker.resources import DEFAULT_CLASS
-from flame_broker.topology import DEFAULT_POOL, calls_queue
+from flame_broker.topology import DEFAULT_POOL, calls_exchange, calls_queue, tracked
 
 if TYPE_CHECKING:
     from flame.client import Client, Session
@@ -41,6 +41,7 @@ class CallOptions:
         pool: Whose workers.
         echo: Print the calls' output here.
         limit: At most so many at once; None for as many as the workers take.
+        track: Keep the calls' story in the ledger.
     """
 
     label: str
@@ -51,6 +52,7 @@ class CallOptions:
     pool: str = DEFAULT_POOL
     echo: bool = True
     limit: int | None = None
+    track: bool = True
 
 
 class Caller:
@@ -135,14 +137,21 @@ class Caller:
         options = self.options
         if self._gate is not None and self._session is not None:
             self._gate.inside = 0  # what the parent process had on its way is not ours
+        queue = calls_queue(session.key_id, options.pool, options.resources, options.priority)
+        exchange = ""
+        if session.courier.reaches_workers:
+            queue = tracked(queue, session.key_id)
+            exchange = calls_exchange(session.key_id) if options.track else ""
         return Lane(
-            queue=calls_queue(session.key_id, options.pool, options.resources, options.priority),
+            queue=queue,
+            exchange=exchange,
             spec=CallSpec(
                 target=self._packed.target,
                 resources=options.resources,
                 timeout_s=options.timeout_s,
                 echo=options.echo,
                 label=options.label,
+                track=options.track,
             ),
             packed=self._packed,
             pool=options.pool,

@@ -21,6 +21,7 @@ from flame.values import Values
 from flame_broker.config import Settings, load
 from flame_broker.errors import ConfigError, FlameError
 from flame_broker.keys import Key, Keyring
+from flame_broker.messages import parse_call_id
 from flame_broker.objects import ObjectRef
 from flame_broker.topology import DEFAULT_POOL
 
@@ -150,6 +151,41 @@ class Client:
         Queues that do not exist (yet) are left out.
         """
         return self.session.courier.ask(lambda inquiry: inquiry.queues(pools))
+
+    def calls(self, *, state: str = "", label: str = "", limit: int = 50) -> list[Facts]:
+        """The newest calls that the history knows, of every client of this key.
+
+        Args:
+            state: Only those in this state: ``queued``, ``succeeded``, ``failed``, ``cancelled``,
+                ``expired`` or ``quarantined``.
+            label: Only those of the service with this name.
+            limit: At most so many.
+
+        Raises:
+            NoOrchestrator: No orchestrator keeps a history here.
+        """
+        answer = self.session.courier.ask(
+            lambda inquiry: inquiry.ask("calls", state=state, label=label, limit=limit)
+        )
+        found = answer.get("calls")
+        return (
+            [facts for facts in found if isinstance(facts, dict)]
+            if isinstance(found, tuple)
+            else []
+        )
+
+    def story(self, call: str) -> Facts | None:
+        """All that the history knows of a call; None if it knows none of that id.
+
+        Raises:
+            ValueError: This is no call id.
+            NoOrchestrator: No orchestrator keeps a history here.
+        """
+        parse_call_id(call)
+        found = self.session.courier.ask(
+            lambda inquiry: inquiry.ask("story", call=call, known_in_s=1.0)
+        ).get("call")
+        return found if isinstance(found, dict) else None
 
     def ping(self, pool: str = DEFAULT_POOL, *, timeout_s: float = 10.0) -> float:
         """Seconds of one round trip through a worker.

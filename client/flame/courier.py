@@ -27,12 +27,14 @@ from flame_broker.keys import Keyring
 from flame_broker.logs import get_logger
 from flame_broker.messages import Call, call_id
 from flame_broker.topology import (
+    calls_exchange,
     control_exchange,
     logs_exchange,
     logs_queue,
     reply_queue,
+    tracked,
 )
-from flame_broker.transport import Consumer, TellsOfWaiting, Transport
+from flame_broker.transport import Consumer, QueueSpec, TellsOfWaiting, Transport
 
 __all__ = ["Cluster", "Courier"]
 
@@ -40,6 +42,8 @@ _CONNECT_DEADLINE_S: Final = 10.0
 _DRAIN_S: Final = 5.0
 _LAST_WORDS_S: Final = 0.15  # workers send output up to 50 ms after the result it belongs to
 _REPLIES_AHEAD: Final = 512
+_RECONCILE_AFTER_S: Final = (0.5, 3.0, 10.0, 30.0)
+_MOST_MISSING: Final = 10_000
 _EVENTS_AHEAD: Final = 64
 
 _log = get_logger("flame.client")
@@ -104,6 +108,7 @@ class Courier:
         self._transport: Transport = open_transport(url, name=f"flame client {client_id}")
         self._consumer: Consumer | None = None
         self._reconnecting: asyncio.Task[None] | None = None
+        self._followers: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._run, name="flame-courier", daemon=True)
         self._sender = Sender(
             self._transport, self._key, client_id, self.pending, wake=self._wake, upload=upload
@@ -176,6 +181,15 @@ class Courier:
     def recall(self, counters: list[int]) -> None:
         """Have published calls cancelled unless they have started; their outcome says which."""
         self._call_in_loop(partial(self._sender.cancel, counters, spare_running=True))
+
+    def cancel_foreign(self, owner: str, counter: int) -> None:
+        """Have a call cancelled that another client has made."""
+        self._call_in_loop(partial(self._sender.cancel, [counter], owner=owner))
+
+    def follow(self, work: Callable[[Inquiry], Coroutine[None, None, None]]) -> None:
+        """Let something go on in the loop until it ends, or the client is closed."""
+        self._check_open()
+        self._call_in_loop(lambda: self._keep(work(self._inquiry)))
 
     def may_block(self) -> bool:
         """False in the courier's own thread."""
@@ -306,6 +320,7 @@ class Courier:
             await self._listen()
             return
         await transport.declare_exchange(control_exchange(key_id), "fanout")
+        await transport.declare_exchange(calls_exchange(key_id), "topic")
         logs, ear = logs_exchange(key_id), logs_queue(key_id, self._client_id)
         await transport.declare_exchange(logs, "topic")
         await transport.declare(ear)
@@ -315,28 +330,56 @@ class Courier:
         )
 
     async def _listen(self) -> None:
-        queue = reply_queue(self._key.hex_id, self._client_id, self._epoch)
+        queue = self._reply_queue()
         await self._transport.declare(queue)
         self._consumer = await self._transport.consume(
             queue.name, self.replies.on_reply, prefetch=_REPLIES_AHEAD
         )
         self._sender.reply = queue.name
 
+    def _reply_queue(self) -> QueueSpec:
+        queue = reply_queue(self._key.hex_id, self._client_id, self._epoch)
+        return tracked(queue, self._key.hex_id) if self.reaches_workers else queue
+
     def _reconnected(self) -> None:
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
         self._reconnecting = self._loop.create_task(self._check_reply_queue())
 
     async def _check_reply_queue(self) -> None:
         """The queue may have expired while we slept: then results come to the next epoch's."""
         try:
-            await self._transport.declare(
-                reply_queue(self._key.hex_id, self._client_id, self._epoch)
-            )
+            await self._transport.declare(self._reply_queue())
         except BrokerUnavailable:
             return  # lost again; the next reconnect comes here
         except FlameError as exc:
             _log.warning("reply_queue.lost", epoch=self._epoch, reason=str(exc))
             self._epoch += 1
             await self._listen()
+        await self._reconcile()
+
+    async def _reconcile(self) -> None:
+        """Have results sent again that our queue lost, or that came while there was none.
+
+        What the ledger has yet to hear of is asked for a little later.
+        """
+        for pause_s in _RECONCILE_AFTER_S:
+            await asyncio.sleep(pause_s)
+            missing = [n for n, r in [*self.pending.records.items()] if r.published]
+            if not missing:
+                return
+            try:
+                await self._inquiry.ask(
+                    "again", client=self._client_id, counters=tuple(sorted(missing)[:_MOST_MISSING])
+                )
+            except FlameError as exc:
+                _log.info("reply_queue.not_reconciled", reason=str(exc))
+                return
+
+    def _keep(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._followers.add(task)
+        task.add_done_callback(self._followers.discard)
 
     def _withdrawn(self, counter: int, record: Record) -> None:
         if record.published:

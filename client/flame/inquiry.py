@@ -15,7 +15,7 @@ from time import perf_counter, time
 from typing import Final
 
 from flame.replies import Replies
-from flame_broker.errors import BrokerUnavailable, ConfigError, FlameError
+from flame_broker.errors import BrokerUnavailable, ConfigError, FlameError, NoOrchestrator
 from flame_broker.frames import encode, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.messages import ControlFrame, Plain, Priority
@@ -27,9 +27,10 @@ from flame_broker.topology import (
     dead_queue,
     ledger_queue,
     parked_queue,
+    questions_queue,
     suspects_queue,
 )
-from flame_broker.transport import Delivery, QueueSpec, Transport
+from flame_broker.transport import Delivery, QueueSpec, Transport, Unroutable
 
 __all__ = ["Enough", "Facts", "Inquiry", "QueueDepth"]
 
@@ -39,6 +40,9 @@ Facts = Mapping[str, Plain]
 Enough = Callable[[Sequence[Facts]], bool]
 
 _PATIENCE_S: Final = 10.0
+_NO_ORCHESTRATOR: Final = (
+    "`flame-orchestrator` keeps the history in which calls are looked up; start one"
+)
 _RUNNING_ANSWER_S: Final = 1.0
 _COUNTERS_A_FRAME: Final = 10_000
 _STREAM_QUIET_S: Final = 0.3
@@ -149,6 +153,44 @@ class Inquiry:
         body = encode(ControlFrame(exchange, verb, arguments), self._key)
         async with _patience():
             await self._transport.publish("", body, exchange=exchange, mandatory=False)
+
+    async def ask(
+        self, question: str, *, patience_s: float = _PATIENCE_S, **arguments: Plain
+    ) -> Mapping[str, Plain]:
+        """Put a question to the orchestrator.
+
+        Args:
+            question: As ``flame_orchestrator.answers`` knows it.
+            patience_s: How long to wait for the answer.
+            arguments: What belongs to the question.
+
+        Raises:
+            NoOrchestrator: None has ever run for this key, or none answered in time.
+            FlameError: It said what was wrong with the question.
+        """
+        token, answered = secrets.token_hex(8), asyncio.Event()
+        answer: dict[str, Plain] = {}
+
+        def take(frame: ControlFrame) -> None:
+            if frame.verb == "answer" and frame.arguments.get("token") == token:
+                answer.update(frame.arguments)
+                answered.set()
+
+        queue = questions_queue(self._key.hex_id).name
+        asked = {**arguments, "question": question, "token": token, "reply": self._reply_queue()}
+        body = encode(ControlFrame(queue, "ask", asked), self._key)
+        with self._replies.listening(take):
+            try:
+                async with _patience():
+                    await self._transport.publish(queue, body)
+            except Unroutable as exc:
+                raise NoOrchestrator(_NO_ORCHESTRATOR) from exc
+            if not await _wait(answered, patience_s):
+                raise NoOrchestrator(f"no answer within {patience_s:g} s: {_NO_ORCHESTRATOR}")
+        problem = answer.get("problem")
+        if isinstance(problem, str):
+            raise FlameError(f"the orchestrator refused: {problem}")
+        return answer
 
     async def echo(self) -> float:
         """Send a message to ourselves; the seconds until it was back.

@@ -75,6 +75,7 @@ class Lane:
         spec: What they share.
         packed: The target, with its pickle if it goes by value.
         pool: The worker pool, for the announcement of a resource class.
+        exchange: What they go through; ``""`` straight to the queue.
         queue_timeout_s: How long a call may wait for a worker; 0 for ever.
         gate: A limit of its own on calls on their way.
     """
@@ -83,6 +84,7 @@ class Lane:
     spec: CallSpec
     packed: PackedTarget
     pool: str
+    exchange: str = ""
     queue_timeout_s: float = 0.0
     gate: Gate | None = None
     outbox: deque[Call] = field(default_factory=deque)

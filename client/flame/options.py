@@ -93,6 +93,7 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
         pool=_pool(given.get("pool", DEFAULT_POOL)),
         echo=echo,
         limit=max(1, warmup) if autoscale is False else None,
+        track=bool(given.get("track", True)),
     )
 
 

@@ -128,8 +128,15 @@ class Sender:
         if self._watching is not None:
             self._watching.cancel()
 
-    def cancel(self, counters: Iterable[int], *, spare_running: bool = False) -> None:
+    def cancel(
+        self, counters: Iterable[int], *, spare_running: bool = False, owner: str = ""
+    ) -> None:
         """Tell the workers to stop published calls, or only never to start them.
+
+        Args:
+            counters: Of the calls.
+            spare_running: Let those go on that have started.
+            owner: The client that made them; by default this one.
 
         A broker without fan-out has no way to: the calls run, and their results are dropped.
         """
@@ -137,7 +144,7 @@ class Sender:
             return
         exchange = control_exchange(self._key.hex_id)
         arguments: dict[str, Plain] = {
-            "client": self._client_id,
+            "client": owner or self._client_id,
             "counters": tuple(counters),
             "spare_running": spare_running,
         }
@@ -216,7 +223,9 @@ class Sender:
                 self.expiry.watch(lane, [call.counter for call in calls], expires_at)
 
     def _publish(self, lane: Lane, calls: list[Call], body: bytes, *, again: bool) -> None:
-        confirmed = self._transport.publish(lane.queue.name, body, deadline_s=DEFAULT_DEADLINE_S)
+        confirmed = self._transport.publish(
+            lane.queue.name, body, exchange=lane.exchange, deadline_s=DEFAULT_DEADLINE_S
+        )
         self._in_flight.add(confirmed)
         confirmed.add_done_callback(partial(self._confirmed, lane, calls, body, again))
 

@@ -52,6 +52,10 @@ def _stub() -> None:
 COMMANDS: Final = {
     "run": Command("flame_cli.run:run", "Run the Runnable of a YAML file on a worker."),
     "ping": Command("flame_cli.ping:ping", "Measure round trips to the broker and a worker."),
+    "ps": Command("flame_cli.history:ps", "List calls and what became of them."),
+    "show": Command("flame_cli.history:show", "Show all that is known of a call."),
+    "result": Command("flame_cli.history:result", "Print or save what a call returned."),
+    "wait": Command("flame_cli.history:wait", "Wait until calls have ended."),
     "workers": Command("flame_cli.workers:app", "List, show and drain workers."),
     "queues": Command("flame_cli.queues:queues", "Show how much waits in the queues."),
     "doctor": Command("flame_cli.doctor:doctor", "Check broker, store, key, clocks and workers."),

@@ -28,7 +28,14 @@ from flame_broker.messages import (
 from flame_broker.resources import Capacity, ResourceRequirement
 from flame_broker.store import Store, open_store
 from flame_broker.store.cache import NodeCache
-from flame_broker.topology import calls_queue, dead_queue, reply_queue, suspects_queue
+from flame_broker.topology import (
+    calls_exchange,
+    calls_queue,
+    dead_queue,
+    reply_queue,
+    suspects_queue,
+    tracked,
+)
 from flame_broker.transport import Delivery
 from flame_worker.batches import Batch, Lost, SlotOwner, SpooledResult
 from flame_worker.dispatch import Dispatcher
@@ -59,7 +66,7 @@ POOL = "default"
 CLIENT = "c0"
 
 _KEY = KEYRING.signer
-_REPLY = reply_queue(_KEY.hex_id, CLIENT, 1)
+_REPLY = tracked(reply_queue(_KEY.hex_id, CLIENT, 1), _KEY.hex_id)
 
 
 class PlayedSlot:
@@ -227,6 +234,7 @@ async def bench(
     made = Bench(folder, folder.name, capacity=room, gpus=gpus)
     await made.broker.open()
     await made.transport.open()
+    await made.broker.declare_exchange(calls_exchange(_KEY.hex_id), "topic")
     await made.broker.declare(_REPLY)
     await made.broker.consume(_REPLY.name, made.on_reply, prefetch=0)
     await made.pool.start(slots)

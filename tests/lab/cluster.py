@@ -62,6 +62,7 @@ class LabCluster:
         self.store_url = store_url or f"file://{folder}/store"
         self.key = secrets.token_urlsafe(32)
         self.workers: list[LabWorker] = []
+        self.orchestrators: list[Process] = []
 
     @property
     def environ(self) -> dict[str, str]:
@@ -82,6 +83,18 @@ class LabCluster:
         """Start a worker."""
         started = LabWorker(*options, environ={**self.environ, **environ}, folder=self.folder)
         self.workers.append(started)
+        return started
+
+    def orchestrator(self, *options: str) -> Process:
+        """Start an orchestrator and wait until it listens."""
+        started = Process([_BIN / "flame-orchestrator", "-v", *options], env=self.environ)
+        self.orchestrators.append(started)
+        wait_until(
+            lambda: "orchestrator.ready" in started.output() or not started.running,
+            30,
+            started.output,
+        )
+        assert started.running, started.output()
         return started
 
     def client(self, broker_url: str = "") -> flame.Client:
@@ -106,6 +119,6 @@ class LabCluster:
             await transport.close()
 
     def close(self) -> None:
-        """End the workers."""
-        for worker in self.workers:
-            worker.kill()
+        """End the workers and orchestrators."""
+        for process in (*self.workers, *self.orchestrators):
+            process.kill()

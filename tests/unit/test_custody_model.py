@@ -40,7 +40,7 @@ from flame_broker.messages import (
     Suspicion,
 )
 from flame_broker.outcomes import decode_failure
-from flame_broker.topology import parked_queue
+from flame_broker.topology import calls_exchange, parked_queue
 from lab.bench import CALLS, CLIENT, DEAD, KEYRING, POOL, REPLIES, SUSPECTS, frame_of
 from lab.clockwork import Clock, Clockwork
 from lab.factories import Factory, WatchedSlot
@@ -137,6 +137,9 @@ class Custody(RuleBasedStateMachine):
         self.client = Clockwork(self.clock)
         self.broker = MemoryTransport(self.namespace)
         self.client.complete(self.broker.open())
+        self.client.complete(
+            self.broker.declare_exchange(calls_exchange(KEYRING.signer.hex_id), "topic")
+        )
         self.client.complete(self.broker.declare(REPLIES))
         self.queues = self.broker._broker.queues
         self.workers: list[Factory] = []

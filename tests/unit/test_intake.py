@@ -25,6 +25,11 @@ class FaultyBroker:
         self.refusals = 0
         self.violations: list[str] = []
 
+    capabilities = SimpleNamespace(fanout=True)
+
+    async def declare_exchange(self, name: str, kind: str) -> None:
+        await asyncio.sleep(0)
+
     async def declare(self, *queues: QueueSpec) -> None:
         for queue in queues:
             await asyncio.sleep(0)

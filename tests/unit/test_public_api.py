@@ -24,6 +24,7 @@ PUBLIC = {
     "RunnerService",
     "SafeExecutionContext",
     "__version__",
+    "attach",
     "connect",
     "current_call",
     "errors",

@@ -14,6 +14,7 @@ from flame_broker.memory import MemoryTransport
 from flame_broker.memory_broker import MemoryDelivery
 from flame_broker.messages import MAX_STRIKES, CallFrame, ResultFrame, Status
 from flame_broker.outcomes import decode_failure
+from flame_broker.topology import calls_exchange
 from lab.bench import KEYRING, REPLIES, SUSPECTS, frame_of
 from lab.clockwork import Clock, Clockwork
 from lab.factories import Factory
@@ -31,6 +32,9 @@ class Ward:
         self.loop = Clockwork(self.clock)
         self.broker = MemoryTransport(self.namespace)
         self.loop.complete(self.broker.open())
+        self.loop.complete(
+            self.broker.declare_exchange(calls_exchange(KEYRING.signer.hex_id), "topic")
+        )
         self.loop.complete(self.broker.declare(REPLIES))
         self.others = count(100)
         self.running: list[int] = []

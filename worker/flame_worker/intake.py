@@ -26,7 +26,14 @@ from flame_broker.frames import MAX_FRAME_BYTES, encode, identity, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
 from flame_broker.messages import MAX_STRIKES, CallFrame, Priority, Suspicion
-from flame_broker.topology import calls_queue, dead_queue, parked_queue, suspects_queue
+from flame_broker.topology import (
+    calls_exchange,
+    calls_queue,
+    dead_queue,
+    parked_queue,
+    suspects_queue,
+    tracked,
+)
 from flame_broker.transport import Consumer, Delivery, QueueSpec, Transport
 from flame_worker.dispatch import DROPPED, Dispatcher
 from flame_worker.holding import Ack, Holding
@@ -152,16 +159,28 @@ class Intake:
                 taps.append(_Tap(queue, key, class_name, suspects=True))
                 for aside in (dead_queue, parked_queue):
                     await self._transport.declare(aside(key.hex_id, self._pool))
-        for priority in Priority:
-            for key in self._keyring:
-                queue = calls_queue(key.hex_id, self._pool, class_name, priority)
-                taps.append(_Tap(queue, key, class_name))
+        taps += await self._calls_taps(class_name)
         await self._transport.declare(*(tap.queue for tap in taps))
         if class_name not in self._taps:  # it may be announced twice
             # Not before: a refill meanwhile must not consume what is not there yet.
             self._taps[class_name] = taps
             self._refill_again = True  # should this one fail
             await self._refill_class(class_name)
+
+    async def _calls_taps(self, class_name: str) -> list[_Tap]:
+        fanout = self._transport.capabilities.fanout
+        if fanout:
+            for key in self._keyring:
+                await self._transport.declare_exchange(calls_exchange(key.hex_id), "topic")
+        queues = [
+            (calls_queue(key.hex_id, self._pool, class_name, priority), key)
+            for priority in Priority
+            for key in self._keyring
+        ]
+        return [
+            _Tap(tracked(queue, key.hex_id) if fanout else queue, key, class_name)
+            for queue, key in queues
+        ]
 
     def full(self, class_name: str) -> None:
         """Stop consuming a class: calls of it had to be handed back."""

@@ -26,7 +26,7 @@ from flame_broker.messages import (
     Target,
 )
 from flame_broker.outcomes import encode_failure
-from flame_broker.topology import ledger_queue, logs_exchange, work_queue
+from flame_broker.topology import calls_exchange, ledger_queue, logs_exchange, work_queue
 from flame_broker.transport import QueueSpec, Transport, Unroutable
 from flame_worker.holding import Holding
 
@@ -181,11 +181,14 @@ class Outbox:
         body: bytes,
         then: Callable[[], None],
         *,
+        exchange: str = "",
         headers: dict[str, str | int] | None = None,
         otherwise: Callable[[], None] | None = None,
     ) -> None:
         """Publish, and call ``then`` when confirmed; ``otherwise`` if no queue has that name."""
-        confirmed = self._transport.publish(queue, body, headers=headers, deadline_s=_PATIENCE_S)
+        confirmed = self._transport.publish(
+            queue, body, exchange=exchange, headers=headers, deadline_s=_PATIENCE_S
+        )
         self._in_flight.add(confirmed)
         confirmed.add_done_callback(partial(self._confirmed, queue, then, otherwise))
 
@@ -218,7 +221,9 @@ class Outbox:
             parcel.seconds,
         )
         settle = partial(_settle, parcel.finished)
-        self._reply(record, encode(record, key), key, settle, first=True)
+        tracked = frame.spec.track and self._transport.capabilities.fanout
+        exchange = calls_exchange(key.hex_id) if tracked else ""
+        self._reply(record, encode(record, key), key, settle, exchange, first=True)
 
     def _reply(
         self,
@@ -226,13 +231,16 @@ class Outbox:
         body: bytes,
         key: Key,
         settle: Callable[[], None],
+        exchange: str,
         *,
         first: bool = False,
     ) -> None:
-        again = partial(self._reply, record, body, key, settle)
+        again = partial(self._reply, record, body, key, settle, "")
         lost = partial(self._to_ledger, record, key, settle)
         otherwise = partial(self._later, again, lost, first=first)
-        self.publish(record.queue, body, settle, otherwise=otherwise)
+        if exchange:  # a queue may be there without its binding
+            otherwise = partial(again, first=True)
+        self.publish(record.queue, body, settle, exchange=exchange, otherwise=otherwise)
 
     def _later(self, again: Callable[[], None], lost: Callable[[], None], *, first: bool) -> None:
         """Try a second time: a client whose queue was deleted under it is making it anew."""

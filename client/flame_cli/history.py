@@ -1,0 +1,175 @@
+"""``flame ps``, ``show``, ``result`` and ``wait``: what became of calls."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from flame_broker.errors import CallError
+from flame_cli.exits import DONE, WORK_FAILED
+from flame_cli.options import ContextName, Json
+from flame_cli.tables import Column, show_record, show_table
+
+if TYPE_CHECKING:
+    import flame
+
+__all__ = ["ps", "result", "show", "wait"]
+
+_COLUMNS: Final = (
+    Column("id"),
+    Column("label"),
+    Column("state"),
+    Column("pool"),
+    Column("queued"),
+    Column("ended"),
+    Column("worker"),
+    Column("reason"),
+)
+_TIMES: Final = {"queued_at": "queued", "ended_at": "ended", "expires_at": "expires"}
+_REASON_LENGTH: Final = 60
+
+CallId = Annotated[str, typer.Argument(metavar="ID", help="The call, as `flame ps` lists it.")]
+
+
+def ps(
+    state: Annotated[
+        str,
+        typer.Option(
+            help="Only queued, succeeded, failed, cancelled, expired or quarantined ones."
+        ),
+    ] = "",
+    label: Annotated[str, typer.Option(help="Only calls of the service with this name.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest first.")] = 50,
+    context: ContextName = None,
+    json: Json = False,
+) -> None:
+    """List calls, the newest first, with what became of them.
+
+    \b
+    Examples:
+      flame ps
+      flame ps --state failed
+      flame ps --label train --limit 500 --json
+    """
+    import flame
+
+    with flame.connect(context=context) as client:
+        rows = [_row(facts) for facts in client.calls(state=state, label=label, limit=limit)]
+    if not json:
+        rows = [{**row, "reason": _short(row.get("reason"))} for row in rows]
+    show_table(rows, _COLUMNS, as_json=json, empty="no such calls in the history")
+
+
+def show(call: CallId, context: ContextName = None, json: Json = False) -> None:
+    """Show all that is known of a call.
+
+    \b
+    Example:
+      flame show "$(flame ps --limit 1 | awk 'NR == 2 {print $1}')"
+    """
+    import flame
+
+    with flame.connect(context=context) as client:
+        facts = client.story(_checked(call))
+    if facts is None:
+        raise CallError(f"the history knows no call {call}; `flame ps` lists those it knows", call)
+    show_record(_row(facts), as_json=json)
+
+
+def result(
+    call: CallId,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write it there; bytes as they are.")
+    ] = None,
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", min=0, help="Wait so many seconds at most.")
+    ] = None,
+    context: ContextName = None,
+) -> None:
+    """Print what a call returned, waited for; what it raised is raised here.
+
+    \b
+    Example:
+      flame result "$(flame ps --limit 1 | awk 'NR == 2 {print $1}')" -o result.txt
+    """
+    import flame
+
+    with flame.connect(context=context) as client:
+        value = _outcome(flame.attach(_checked(call), client=client), timeout_s)
+    if output is None:
+        typer.echo(value if isinstance(value, str) else repr(value))
+    elif isinstance(value, bytes):
+        output.write_bytes(value)
+    else:
+        output.write_text(value if isinstance(value, str) else f"{value!r}\n")
+
+
+def wait(
+    calls: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="Calls, as `flame ps` lists.")
+    ],
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", min=0, help="Seconds for all together.")
+    ] = None,
+    context: ContextName = None,
+) -> None:
+    """Wait until calls have ended; the exit code is 1 if one of them did not succeed.
+
+    \b
+    Example:
+      flame wait "$(flame ps --limit 1 | awk 'NR == 2 {print $1}')" --timeout 60
+    """
+    import flame
+
+    until = None if timeout_s is None else time.monotonic() + timeout_s
+    with flame.connect(context=context) as client:
+        futures = [flame.attach(_checked(call), client=client) for call in calls]
+        for future in futures:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not future.wait(left):
+                raise CallError(f"{future.id} has not ended after {timeout_s:g} s", future.id)
+        failed = [future for future in futures if not future.went_well()]
+    for future in failed:
+        typer.echo(
+            f"{future.id} ({future.label}) did not succeed: flame show {future.id}", err=True
+        )
+    sys.exit(WORK_FAILED if failed else DONE)
+
+
+def _outcome(future: flame.ObjectFuture[Any], timeout_s: float | None) -> Any:
+    try:
+        return future.result(timeout_s)
+    except TimeoutError:
+        raise CallError(
+            f"{future.id} ({future.label}) has not ended after {timeout_s:g} s", future.id
+        ) from None
+
+
+def _checked(call: str) -> str:
+    from flame_broker.messages import parse_call_id
+
+    try:
+        parse_call_id(call)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from problem
+    return call
+
+
+def _row(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's facts with times in place of seconds since 1970."""
+    row = {_TIMES.get(name, name): value for name, value in facts.items()}
+    for name in _TIMES.values():
+        if isinstance(row.get(name), (int, float)):
+            row[name] = datetime.fromtimestamp(row[name], UTC)
+    return row
+
+
+def _short(reason: object) -> str:
+    first = str(reason or "").partition("\n")[0]
+    return first if len(first) <= _REASON_LENGTH else first[: _REASON_LENGTH - 1] + "…"
