@@ -43,6 +43,7 @@ class Settings:
     payload_limit_s: float = 4.0
     idle_s: float = 10.0
     nap_calls: int = 100
+    history_calls: int = 1_000_000
     long_nap_s: float = 5.0
     figure_limit_s: float = 120.0
     extra: dict[str, Any] = field(default_factory=dict)

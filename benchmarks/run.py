@@ -39,7 +39,15 @@ from processes import adopt_orphans, descendants, kill_left_behind  # noqa: E402
 from report import acceptance_table, report  # noqa: E402
 from services import Services, peers_python, services  # noqa: E402
 
-OWN_FIGURES = ("mixed", "array_256m", "worker_ready", "import_flame", "flame_help")
+OWN_FIGURES = (
+    "mixed",
+    "array_256m",
+    "worker_ready",
+    "import_flame",
+    "flame_help",
+    "history",
+    "tracked",
+)
 REPEATED = ("cold", "sequential", "futures")
 PACKED = ("cold", "futures", "map_100k", "map_1m")
 DRIVER_LIMIT_S = 300.0
@@ -70,6 +78,7 @@ QUICK = Settings(
     payload_limit_s=1.0,
     idle_s=2.0,
     nap_calls=50,
+    history_calls=100_000,
     long_nap_s=1.0,
     figure_limit_s=40.0,
 )

@@ -1,0 +1,162 @@
+"""What keeping a history costs, and how fast it is written and read."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import targets
+from measure import Driver, Figure, timed_burst
+from processes import resident_bytes
+
+if TYPE_CHECKING:
+    from systems.flame import FlameSystem
+
+FRAME_CALLS = 64
+FRAMES_A_WRITE = 400
+BURSTS = 5
+READY_S = 30.0
+
+
+@contextmanager
+def orchestrator(system: FlameSystem, database: str) -> Iterator[None]:
+    """A ``flame-orchestrator`` beside the measured broker, ready."""
+    program = Path(sys.executable).with_name("flame-orchestrator")
+    environ = {**os.environ, **system.environment(), "FLAME_DATABASE_URL": database}
+    with subprocess.Popen([program, "-v"], env=environ, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if "orchestrator.ready" in line:
+                break
+        try:
+            yield
+        finally:
+            run.terminate()
+            run.stderr.close()
+
+
+def tracked(driver: Driver) -> Figure:
+    """Bursts of separate futures without an orchestrator and with one, in turns."""
+    system: FlameSystem = driver.system  # type: ignore[assignment]
+    count = driver.settings.futures_calls
+    rates: dict[str, list[float]] = {"without": [], "with": []}
+    with tempfile.TemporaryDirectory(prefix="flame-history-") as folder:
+        timed_burst(system, count // 10)
+        rates["without"] = [timed_burst(system, count) for _ in range(BURSTS)]
+        with orchestrator(system, f"sqlite:///{folder}/ledger.sqlite"):
+            system.call(targets.noop, 0)
+            rates["with"] = [timed_burst(system, count) for _ in range(BURSTS)]
+            known = _await_history(system, BURSTS * count)
+    middle = {name: statistics.median(found) for name, found in rates.items()}
+    return {**rates, "kept": middle["with"] / middle["without"], "known": known}
+
+
+def _await_history(system: FlameSystem, calls: int) -> int:
+    """How many of the calls the history knows as succeeded; all, or it is an error."""
+    deadline = time.monotonic() + READY_S
+    wanted = min(calls, 10_000)  # the most that one question gives
+    while True:
+        known = len(system.client.calls(state="succeeded", limit=wanted))
+        if known == wanted or time.monotonic() > deadline:
+            assert known == wanted, f"the history knows {known} of {wanted} calls"
+            return known
+        time.sleep(0.1)
+
+
+def history(driver: Driver) -> Figure:
+    """A history of many calls: written as frames arrive, then listed by the command."""
+    from flame_orchestrator.database import open_database
+    from flame_orchestrator.ledger import Ledger
+
+    system: FlameSystem = driver.system  # type: ignore[assignment]
+    calls = driver.settings.history_calls
+    with tempfile.TemporaryDirectory(prefix="flame-history-") as folder:
+        database = f"sqlite:///{folder}/ledger.sqlite"
+        ledger = Ledger(open_database(database))
+        arrivals = _arrivals(calls)
+        ledger.record(next(arrivals))
+        before, started = resident_bytes(os.getpid()), time.perf_counter()
+        spent = sum(_timed(ledger, taken) for taken in arrivals)
+        elapsed = time.perf_counter() - started
+        growth = resident_bytes(os.getpid()) - before
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        with orchestrator(system, database):
+            listed = _median_s(lambda: _list(system))
+    return {
+        "calls": calls,
+        "rate": calls / spent,
+        "seconds": elapsed,
+        "growth_bytes": growth,
+        "database_bytes": size,
+        "ps_ms": listed * 1e3,
+    }
+
+
+def _timed(ledger: Any, arrivals: list[Any]) -> float:
+    started = time.perf_counter()
+    ledger.record(arrivals)
+    return time.perf_counter() - started
+
+
+def _arrivals(calls: int) -> Iterator[list[Any]]:
+    """Frames of calls and of their results, as a map sends them."""
+    from flame_broker.codec import encode_value
+    from flame_broker.frames import encode
+    from flame_broker.keys import Key
+    from flame_broker.messages import (
+        Call,
+        CallFrame,
+        CallSpec,
+        Result,
+        ResultFrame,
+        Status,
+        Target,
+    )
+    from flame_orchestrator.ledger import Arrival
+
+    key, payload = Key(b"k" * 32), encode_value(3).join()
+    spec = CallSpec(Target("module:function"), label="function")
+    taken: list[Any] = []
+    for first in range(1, calls, FRAME_CALLS):
+        counters = range(first, first + FRAME_CALLS)
+        queued = CallFrame(
+            "flame.v1.00000000.default.c1.normal",
+            "reply",
+            "client",
+            spec,
+            tuple(Call(counter, payload) for counter in counters),
+        )
+        results = tuple(Result(counter, Status.OK, payload) for counter in counters)
+        ended = ResultFrame("reply", "client", "worker", results)
+        taken += [Arrival(queued, encode(queued, key)), Arrival(ended, encode(ended, key))]
+        if len(taken) >= FRAMES_A_WRITE:
+            yield taken
+            taken = []
+    yield taken or [Arrival(queued, encode(queued, key))]
+
+
+def _list(system: FlameSystem) -> None:
+    command = [Path(sys.executable).with_name("flame"), "ps", "--json"]
+    environ = {**os.environ, **system.environment()}
+    done = subprocess.run(command, env=environ, check=True, capture_output=True)
+    assert done.stdout.count(b'"id"') == 50
+
+
+def _median_s(work: Callable[[], None]) -> float:
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+FIGURES: dict[str, Callable[[Driver], Figure]] = {"history": history, "tracked": tracked}
