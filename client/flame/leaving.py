@@ -29,8 +29,7 @@ class Leaving:
     def wait_for(self, futures: Iterable[ObjectFuture[Any]]) -> None:
         """Wait for those that do not end with their client, and say so if it takes a while."""
         if not self._interrupted and not _ended_by_ctrl_c():
-            wanted = {future for future in futures if not future.ends_with_client}
-            self.quietly(lambda: self._wait(wanted))
+            self.quietly(lambda: self._wait({f for f in futures if not f.ends_with_client}))
 
     def quietly(self, work: Callable[[], object]) -> None:
         """Do something of the end; Ctrl-C leaves it without a trace, and all waiting after it."""

@@ -144,11 +144,24 @@ def test_a_forked_child_ends_whatever_its_parent_waits_for(run: Run) -> None:
 
 
 def test_ctrl_c_ends_the_wait_without_a_word(start: Start) -> None:
-    # What is registered last is called first: the program is about to wait when it says so.
+    # It says so when its main thread waits: a moment earlier, Ctrl-C would hit the interpreter.
     program = start("""
+        import sys
+
+        def names(frame):
+            while frame is not None:
+                yield frame.f_code.co_qualname
+                frame = frame.f_back
+
+        def watch():
+            main = threading.main_thread().ident
+            while not {"Leaving._wait", "Event.wait"} <= {*names(sys._current_frames()[main])}:
+                time.sleep(0.01)
+            print("leaving", flush=True)
+
         executor = flame.Executor()
         executor.submit(time.sleep, 600)
-        threading._register_atexit(print, "leaving", flush=True)
+        threading.Thread(target=watch, daemon=True).start()
     """)
     assert _complaints_after_ctrl_c(program, "leaving") == ""
 
