@@ -41,7 +41,8 @@ Enough = Callable[[Sequence[Facts]], bool]
 
 _PATIENCE_S: Final = 10.0
 _NO_ORCHESTRATOR: Final = (
-    "`flame-orchestrator` keeps the history in which calls are looked up; start one"
+    "calls are looked up in the history that `flame-orchestrator` keeps beside a broker: start one "
+    "(the embedded cluster keeps none yet)"
 )
 _RUNNING_ANSWER_S: Final = 1.0
 _COUNTERS_A_FRAME: Final = 10_000
