@@ -25,6 +25,7 @@ class Apart:
     def __init__(self) -> None:
         self._holding: Holding | None = None
         self._expected_until = 0.0
+        self._announced: set[tuple[str, int]] = set()
 
     @property
     def closed(self) -> bool:
@@ -32,8 +33,18 @@ class Apart:
         return self._holding is not None or self._expected_until > _now()
 
     def admits(self, holding: Holding, *, in_use: bool) -> bool:
-        """Whether a holding's calls may start, beside what runs."""
-        return not self.closed or (holding is self._holding and not in_use)
+        """Whether a holding's calls may start, or be announced, beside what runs.
+
+        While an announced call is expected, others that wait to be announced come before it; one
+        that comes back unstarted was given to a busy worker, and is not sent round at once.
+        """
+        if in_use:
+            return not self.closed
+        if self._holding is not None:
+            return holding is self._holding
+        return not self.closed or (
+            holding.frame.suspicion is Suspicion.APART and _call(holding) not in self._announced
+        )
 
     def take(self, holding: Holding, *, in_use: bool) -> bool:
         """Take a call that must run apart; False if it was to start at once and cannot."""
@@ -44,8 +55,11 @@ class Apart:
             self._holding, self._expected_until = holding, 0.0
         return True
 
-    def announced(self) -> None:
-        """It was published as ``ALONE`` and is about to come back."""
+    def announced(self, holding: Holding) -> None:
+        """It is published as ``ALONE`` and about to come back."""
+        if not self._expected_until > _now():
+            self._announced.clear()
+        self._announced.add(_call(holding))
         self._holding, self._expected_until = None, _now() + ARMED_S
 
     def left(self, holding: Holding) -> None:
@@ -57,6 +71,11 @@ class Apart:
         """Open the door if the call is over."""
         if self._holding is not None and not self._holding.waiting and not in_use:
             self._holding = None
+
+
+def _call(holding: Holding) -> tuple[str, int]:
+    """A suspect is alone in its frame."""
+    return holding.frame.client, holding.frame.calls[0].counter
 
 
 def _now() -> float:
