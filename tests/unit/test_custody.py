@@ -102,11 +102,11 @@ async def test_suspects_are_taken_one_at_a_time_even_when_the_class_was_full(
 ) -> None:
     async with bench(tmp_path, slots=3) as lab:
         suspects = [frame_of([n], queue=SUSPECTS) for n in (1, 2)]
-        lab.intake.full("c1")
+        lab.intake.full("c1", "")
         await lab.submit(*suspects)
         await eventually(lambda: any(slot.started for slot in lab.slots), 5)
         for _ in range(5):
-            lab.intake.full("c1")
+            lab.intake.full("c1", "")
             lab.intake.widen()
             await eventually(lambda: lab.intake._refilling is None, 5)
         assert await lab.depth(SUSPECTS) == 1
@@ -274,7 +274,7 @@ async def test_a_frame_is_held_until_every_item_of_its_streams_has_arrived(
 ) -> None:
     async with bench(tmp_path) as lab:
         again: list[Callable[[], None]] = []
-        monkeypatch.setattr(lab.outbox, "_later", lambda retry, *_, **__: again.append(retry))
+        monkeypatch.setattr(lab.outbox, "_later", lambda _, retry, *__, **___: again.append(retry))
         frame = frame_of([1], reply="replies")  # a client that makes its queue anew meanwhile
         await lab.submit(frame)
         await eventually(lambda: lab.slots[0].started == [1], 5)

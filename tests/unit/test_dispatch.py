@@ -117,7 +117,7 @@ async def test_the_next_call_is_here_before_a_steady_one_is_expected_to_end(tmp_
             await eventually(lambda n=number: slot.started[-1:] == [n], 5)  # type: ignore[misc]
             slot.finish(seconds=0.1)
         await lab.settled(8)
-        lab.intake.full("c1")
+        lab.intake.full("c1", "")
         await lab.submit(frame_of([8]))
         await eventually(lambda: slot.started[-1] == 8, 5)
         await lab.submit(frame_of([9]))
@@ -127,6 +127,27 @@ async def test_the_next_call_is_here_before_a_steady_one_is_expected_to_end(tmp_
         await eventually(lambda: slot.started[-1] == 9, 5)
         slot.finish(seconds=0.1)
         await lab.settled(10)
+
+
+async def test_idle_slots_start_the_calls_of_a_frame_in_their_order(tmp_path: Path) -> None:
+    async with bench(tmp_path, slots=3) as lab:
+        await lab.submit(frame_of(range(6)))
+        await eventually(lambda: all(slot.started for slot in lab.slots), 5)
+        assert sorted(slot.started[0] for slot in lab.slots) == [0, 1, 2]
+
+
+async def test_what_several_slots_give_back_goes_on_in_its_order(tmp_path: Path) -> None:
+    async with bench(tmp_path, slots=2) as lab:
+        await lab.submit(frame_of(range(8)))
+        await eventually(lambda: all(slot.revoked for slot in lab.slots), 5)
+        started: list[int] = []
+        while len(started) < 8:
+            slot = next(slot for slot in lab.slots if slot.batches)
+            started.append(slot.started[-1])
+            slot.finish(seconds=0.1)
+            await eventually(lambda: any(slot.batches for slot in lab.slots) or lab.finals[7:], 5)
+        # The last one comes first: it cannot be kept from a credit that was given before.
+        assert [n for n in started if n != 7] == [*range(7)]
 
 
 async def test_calls_that_have_waited_too_long_are_dropped_unless_they_have_started(

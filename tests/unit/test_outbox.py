@@ -35,6 +35,22 @@ async def test_results_of_a_client_that_is_gone_go_to_the_ledger_and_settle(tmp_
             assert [result.counter for result in record.results] == [1]
 
 
+async def test_only_the_first_result_waits_for_a_client_to_make_its_queue_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path) as lab:
+        await lab.submit(frame_of([1], reply="flame.v1.nobody"))
+        await eventually(lambda: lab.slots[0].batches, 5)
+        lab.slots[0].finish()
+        await eventually(lambda: not lab.intake.held, 5)
+        monkeypatch.setattr(outbox, "_REPLY_AGAIN_S", 60)
+        await lab.submit(frame_of([2], reply="flame.v1.nobody"))
+        await eventually(lambda: lab.slots[0].batches, 5)
+        lab.slots[0].finish()
+        await eventually(lambda: not lab.intake.held, 5)
+        assert await lab.depth(ledger_queue(KEY.hex_id).name) == 2
+
+
 async def test_after_a_reconnect_results_wait_for_a_client_that_is_slower_to_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

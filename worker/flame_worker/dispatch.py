@@ -77,8 +77,8 @@ class _Given:
 class Supply(Protocol):
     """Where calls come from, as the dispatcher sees it."""
 
-    def full(self, class_name: str, /) -> None:
-        """Send no more of a class: calls of it were handed back for want of room."""
+    def full(self, class_name: str, queue: str, /) -> int:
+        """Send no more of a class: calls are handed back to this queue. How many come anyway."""
 
     def refill(self) -> None:
         """A slot is free and nothing waits for it."""
@@ -284,16 +284,15 @@ class Dispatcher:
             return self._place_ahead(class_name, holding, work_s)
         if work_s is not None and work_s < UNDIVIDED_S:
             idle = idle[:1]
-        calls = holding.waiting
-        for number, slot in enumerate(idle):
-            share = -(-len(calls) // (len(idle) - number))
-            self._give(slot, holding, [calls.popleft() for _ in range(share)])
-        return not calls
+        calls = holding.take_waiting()
+        for number, slot in enumerate(idle):  # in turn, so that they start in their order
+            self._give(slot, holding, calls[number :: len(idle)])
+        return True
 
     def _announce(self, holding: Holding) -> None:
         """The worker is empty: say so in the call's own frame before it starts."""
         self._outbox.hand_back(holding, holding.take_waiting(), suspicion=Suspicion.ALONE)
-        self._apart.announced()
+        self._apart.announced(holding)
         asyncio.get_running_loop().call_later(ARMED_S, self._fill)
 
     def _place_ahead(self, class_name: str, holding: Holding, work_s: float | None) -> bool:
@@ -359,8 +358,12 @@ class Dispatcher:
         self.pump()
         for holding in self._waiting():
             if holding.since < (now - SUSPECT_S if holding.suspect else deadline):
+                coming = self.intake.full(holding.frame.spec.resources, holding.frame.queue)
+                # What comes back at once cannot start either, and goes to the queue's end then.
+                holding.waiting.rotate(min(coming, len(holding.waiting)))
                 self._hand_back(holding)
-                self.intake.full(holding.frame.spec.resources)
+        if not any(self._waiting()):
+            self.intake.refill()  # what was handed back or dropped has left room
         self._watch()
 
     def _revoke_all(self, chosen: Callable[[_Given], bool]) -> None:
@@ -379,7 +382,8 @@ class Dispatcher:
             if not holding.waiting:
                 holding.since = given.at
                 self._line_of(holding).appendleft(holding)
-            holding.waiting.extendleft(reversed(calls))
+            # Several slots give theirs back: in the order in which they came.
+            holding.waiting = deque(sorted([*calls, *holding.waiting]))
 
     def _hand_back(self, holding: Holding) -> None:
         self._line_of(holding).remove(holding)

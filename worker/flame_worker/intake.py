@@ -182,14 +182,19 @@ class Intake:
             for queue, key in queues
         ]
 
-    def full(self, class_name: str) -> None:
-        """Stop consuming a class: calls of it had to be handed back."""
+    def full(self, class_name: str, queue: str) -> int:
+        """Stop consuming a class: calls of one of its queues must be handed back.
+
+        How many messages that queue sends all the same: unused credit cannot be withdrawn.
+        """
         self._short.discard(class_name)
-        if class_name not in self._full and class_name in self._taps:
-            self._full.add(class_name)
-            for tap in self._taps[class_name]:
-                if not tap.suspects:
-                    self._spawn(self._shut(tap, [draw for draw in tap.draws if draw.used]))
+        if class_name in self._full or class_name not in self._taps:
+            return 0
+        self._full.add(class_name)
+        taps = [tap for tap in self._taps[class_name] if not tap.suspects]
+        for tap in taps:
+            self._spawn(self._shut(tap, [draw for draw in tap.draws if draw.used]))
+        return sum(tap.unused for tap in taps if tap.queue.name == queue)
 
     def short(self, class_name: str) -> None:
         """Hold frames ahead: calls of this class are over before the broker could send more."""
@@ -299,8 +304,6 @@ class Intake:
     def _on_delivery(self, tap: _Tap, draw: _Draw, delivery: Delivery) -> None:
         draw.held += 1
         ack = partial(_ack, draw, delivery)
-        if not tap.suspects and draw.used and self._is_full(tap.class_name):
-            self._spawn(self._shut(tap, [draw]))
         try:
             frame, key = self._open_calls(tap, delivery)
         except (UnknownKey, VersionMismatch) as problem:
@@ -308,10 +311,11 @@ class Intake:
         except (MalformedMessage, SignatureError) as problem:
             self._set_aside(tap, delivery, "dead", problem, ack)
         else:
-            self._accept(tap, delivery, frame, key, ack)
-
-    def _is_full(self, class_name: str) -> bool:
-        return class_name in self._full and not self._dispatcher.room(class_name)
+            taken = self._accept(tap, delivery, frame, key, ack)
+            if taken and draw.used and not tap.suspects and tap.class_name in self._full:
+                # Its ack would bring another call, beside what is asked for as this one ends.
+                self._spawn(self._shut(tap, [draw]))
+                self.refill()
 
     def _open_calls(self, tap: _Tap, delivery: Delivery) -> tuple[CallFrame, Key]:
         frame, key = open_frame(delivery.body, self._keyring, queue=delivery.queue)
@@ -334,14 +338,15 @@ class Intake:
         # should not fill two queues with one message.
         self._outbox.set_aside(queue, delivery.body[:MAX_FRAME_BYTES], reason, ack)
 
-    def _accept(self, tap: _Tap, delivery: Delivery, frame: CallFrame, key: Key, ack: Ack) -> None:
+    def _accept(self, tap: _Tap, delivery: Delivery, frame: CallFrame, key: Key, ack: Ack) -> bool:
+        """Hold a frame. False if none of its calls will need a slot."""
         mark = identity(delivery.body)
         if mark in self._held:
             self._held[mark].acks.append(ack)
-            return
+            return False
         if mark in self._settled:
             ack()
-            return
+            return False
         holding = Holding([ack], frame, key, partial(self._settle, mark))
         self._held[mark] = holding
         self.counts["frames"] += 1
@@ -351,6 +356,8 @@ class Intake:
             self._strike(tap, holding) if tap.suspects else self._suspect(tap, holding)
         elif not self._late(holding) and self._wanted(holding):
             self._provide(holding)
+            return True
+        return False
 
     def _suspect(self, tap: _Tap, holding: Holding) -> None:
         """Whoever had this frame is gone, perhaps because of it: run its calls one by one."""

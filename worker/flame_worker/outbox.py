@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +41,7 @@ _TRY_AGAIN_S: Final = 1.0
 
 _REPLY_AGAIN_S: Final = 1.0
 _REPLY_PATIENCE_S: Final = 60.0
+_REMEMBERED_QUEUES: Final = 1000
 _EVENTS_DELAY_S: Final = 0.05
 _EVENTS_SIZE: Final = 256 * 1024
 """Characters of telemetry that are not held back: a frame of all of them is far below its limit."""
@@ -75,6 +76,7 @@ class Outbox:
         self._making: set[asyncio.Future[None]] = set()
         self._flush_due = False
         self._patient_until = 0.0
+        self._gone: OrderedDict[str, None] = OrderedDict()
 
     def reconnected(self) -> None:
         """Be patient with clients from now on: a broker that crashed may have lost their queues.
@@ -83,6 +85,7 @@ class Outbox:
         a worker may be back before the clients, which then declare their queues anew.
         """
         self._patient_until = asyncio.get_running_loop().time() + _REPLY_PATIENCE_S
+        self._gone.clear()
 
     def results(self, holding: Holding, results: Iterable[Result], *, seconds: float = 0.0) -> None:
         """Queue results; they leave in this turn of the loop, packed with their neighbours.
@@ -237,22 +240,31 @@ class Outbox:
     ) -> None:
         again = partial(self._reply, record, body, key, settle, "")
         lost = partial(self._to_ledger, record, key, settle)
-        otherwise = partial(self._later, again, lost, first=first)
+        otherwise = partial(self._later, record.queue, again, lost, first=first)
         if exchange:  # a queue may be there without its binding
             otherwise = partial(again, first=True)
         self.publish(record.queue, body, settle, exchange=exchange, otherwise=otherwise)
 
-    def _later(self, again: Callable[[], None], lost: Callable[[], None], *, first: bool) -> None:
-        """Try a second time: a client whose queue was deleted under it is making it anew."""
+    def _later(
+        self, queue: str, again: Callable[[], None], lost: Callable[[], None], *, first: bool
+    ) -> None:
+        """Try a second time: a client whose queue was deleted under it is making it anew.
+
+        Once a queue, or each call that a client has left behind would be held for so long.
+        """
         loop = asyncio.get_running_loop()
-        if first or loop.time() < self._patient_until:
+        if loop.time() < self._patient_until or (first and queue not in self._gone):
             loop.call_later(_REPLY_AGAIN_S, again)
-        else:
-            lost()
+            return
+        if queue not in self._gone:
+            _log.info("reply_queue.gone", queue=queue, remedy="the results are kept in the ledger")
+        self._gone[queue] = None
+        if len(self._gone) > _REMEMBERED_QUEUES:
+            self._gone.popitem(last=False)
+        lost()
 
     def _to_ledger(self, record: ResultFrame, key: Key, settle: Callable[[], None]) -> None:
         """The reply queue is gone: the client died, or slept past its expiry (rule 9)."""
-        _log.info("result.reply_queue_gone", client=record.client, results=len(record.results))
         spec = ledger_queue(key.hex_id)
         body = encode(replace(record, queue=spec.name), key)
         self._make(spec, partial(self._store, spec, body, settle))
