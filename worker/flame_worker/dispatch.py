@@ -192,9 +192,9 @@ class Dispatcher:
         if self._apart.closed:
             return 0
         waiting = sum(len(h.waiting) for line in self._lines.get(class_name, ()) for h in line)
-        return max(0, self.pool.room(class_name) + self._ending(class_name) - waiting)
+        return max(0, self.pool.room(class_name) + self.ending(class_name) - waiting)
 
-    def _ending(self, class_name: str) -> int:
+    def ending(self, class_name: str) -> int:
         """How many slots of a class are about to be free."""
         now = _now()
         untils = (

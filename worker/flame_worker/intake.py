@@ -262,6 +262,9 @@ class Intake:
                 return False
             if tap.suspects:
                 continue  # one draw, never shut: two suspects at a time could not be told apart
+            if self._dispatcher.ending(class_name):
+                # The ack of a call that ends would bring another one beside that asked for here.
+                await self._shut(tap, [*tap.draws])
             await self._open_tap(tap, room, lambda tap: tap.unused)
             if await self._transport.depth(tap.queue.name):
                 return False
@@ -304,6 +307,8 @@ class Intake:
     def _on_delivery(self, tap: _Tap, draw: _Draw, delivery: Delivery) -> None:
         draw.held += 1
         ack = partial(_ack, draw, delivery)
+        if not tap.suspects and draw.used and self._is_full(tap.class_name):
+            self._spawn(self._shut(tap, [draw]))
         try:
             frame, key = self._open_calls(tap, delivery)
         except (UnknownKey, VersionMismatch) as problem:
@@ -311,11 +316,10 @@ class Intake:
         except (MalformedMessage, SignatureError) as problem:
             self._set_aside(tap, delivery, "dead", problem, ack)
         else:
-            taken = self._accept(tap, delivery, frame, key, ack)
-            if taken and draw.used and not tap.suspects and tap.class_name in self._full:
-                # Its ack would bring another call, beside what is asked for as this one ends.
-                self._spawn(self._shut(tap, [draw]))
-                self.refill()
+            self._accept(tap, delivery, frame, key, ack)
+
+    def _is_full(self, class_name: str) -> bool:
+        return class_name in self._full and not self._dispatcher.room(class_name)
 
     def _open_calls(self, tap: _Tap, delivery: Delivery) -> tuple[CallFrame, Key]:
         frame, key = open_frame(delivery.body, self._keyring, queue=delivery.queue)
@@ -338,15 +342,14 @@ class Intake:
         # should not fill two queues with one message.
         self._outbox.set_aside(queue, delivery.body[:MAX_FRAME_BYTES], reason, ack)
 
-    def _accept(self, tap: _Tap, delivery: Delivery, frame: CallFrame, key: Key, ack: Ack) -> bool:
-        """Hold a frame. False if none of its calls will need a slot."""
+    def _accept(self, tap: _Tap, delivery: Delivery, frame: CallFrame, key: Key, ack: Ack) -> None:
         mark = identity(delivery.body)
         if mark in self._held:
             self._held[mark].acks.append(ack)
-            return False
+            return
         if mark in self._settled:
             ack()
-            return False
+            return
         holding = Holding([ack], frame, key, partial(self._settle, mark))
         self._held[mark] = holding
         self.counts["frames"] += 1
@@ -356,8 +359,6 @@ class Intake:
             self._strike(tap, holding) if tap.suspects else self._suspect(tap, holding)
         elif not self._late(holding) and self._wanted(holding):
             self._provide(holding)
-            return True
-        return False
 
     def _suspect(self, tap: _Tap, holding: Holding) -> None:
         """Whoever had this frame is gone, perhaps because of it: run its calls one by one."""
