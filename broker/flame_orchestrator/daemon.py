@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,7 +34,9 @@ _log = get_logger("flame.orchestrator")
 
 T = TypeVar("T")
 
-_GATHER_S: Final = 0.02
+_GATHER_S: Final = 0.1
+"""A burst of calls is over by then: reading it meanwhile would take the time from its workers."""
+
 _MOST_FRAMES: Final = 500
 _LAST_WRITE_S: Final = 5.0
 _HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
@@ -74,7 +76,7 @@ class Orchestrator:
         self._transport: Transport = open_transport(settings.broker_url, name="flame-orchestrator")
         # One thread: SQLite has one writer, and what is asked sees what was written before.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="flame-ledger")
-        self._inbox: list[tuple[Arrival, Delivery]] = []
+        self._inbox: list[Delivery] = []
         self._writing: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
         self._leaving = False
@@ -127,17 +129,7 @@ class Orchestrator:
     def _on_ledger(self, delivery: Delivery) -> None:
         if self._leaving:
             return  # not acked: it comes again
-        try:
-            # A copy: it is signed for the queue that the original went to.
-            frame, _ = open_frame(delivery.body, self.settings.keyring)
-        except FlameError as problem:
-            _log.warning("ledger.refused", reason=str(problem))
-            delivery.ack()
-            return
-        if not isinstance(frame, (CallFrame, ResultFrame)) or not _is_countable(frame):
-            delivery.ack()
-            return
-        self._inbox.append((Arrival(frame, delivery.body), delivery))
+        self._inbox.append(delivery)
         if self._writing is None:
             self._writing = asyncio.ensure_future(self._write())
             self._writing.add_done_callback(self._written)
@@ -147,18 +139,33 @@ class Orchestrator:
         await asyncio.sleep(_GATHER_S)
         while self._inbox:
             taken = self._inbox[:_MOST_FRAMES]
-            arrivals = [arrival for arrival, _ in taken]
             try:
-                ended = await self._in_thread(partial(self._ledger.record, arrivals))
+                ended = await self._in_thread(partial(self._record, taken))
             except SQLAlchemyError as problem:
                 _log.warning("ledger.write_failed", reason=str(problem), frames=len(taken))
                 await asyncio.sleep(backoff.next_s())
                 continue
             backoff.reset()
             del self._inbox[: len(taken)]
-            for _, delivery in taken:
+            for delivery in taken:
                 delivery.ack()
             self._answers.tell(ended)
+
+    def _record(self, taken: list[Delivery]) -> Mapping[str, set[int]]:
+        arrivals = [Arrival(frame, d.body) for d in taken if (frame := self._read(d)) is not None]
+        return self._ledger.record(arrivals)
+
+    def _read(self, delivery: Delivery) -> CallFrame | ResultFrame | None:
+        """What the ledger keeps of a message; None if that is nothing."""
+        try:
+            # A copy: it is signed for the queue that the original went to.
+            frame, _ = open_frame(delivery.body, self.settings.keyring)
+        except FlameError as problem:
+            _log.warning("ledger.refused", reason=str(problem))
+            return None
+        if isinstance(frame, (CallFrame, ResultFrame)) and _is_countable(frame):
+            return frame
+        return None
 
     def _written(self, writing: asyncio.Task[None]) -> None:
         self._writing = None
