@@ -194,6 +194,11 @@ class Dispatcher:
         waiting = sum(len(h.waiting) for line in self._lines.get(class_name, ()) for h in line)
         return max(0, self.pool.room(class_name) + self.ending(class_name) - waiting)
 
+    def running(self) -> set[Holding]:
+        """The holdings that slots have calls of."""
+        batches = chain.from_iterable(slot.batches for slot in self.pool.slots())
+        return {batch.context.holding for batch in batches}  # type: ignore[attr-defined]
+
     def ending(self, class_name: str) -> int:
         """How many slots of a class are about to be free."""
         now = _now()

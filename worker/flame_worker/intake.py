@@ -65,6 +65,7 @@ class _Draw:
     credit: int
     held: int = 0
     consumer: Consumer | None = None
+    holdings: set[Holding] = field(default_factory=set)
 
     @property
     def used(self) -> bool:
@@ -265,11 +266,17 @@ class Intake:
             if self._dispatcher.ending(class_name):
                 # The ack of a call that ends would bring another one beside that asked for here.
                 await self._shut(tap, [*tap.draws])
-            await self._open_tap(tap, room, lambda tap: tap.unused)
+            await self._open_tap(tap, room, lambda tap: tap.unused + self._about_to_ack(tap))
             if await self._transport.depth(tap.queue.name):
                 return False
         self._full.discard(class_name)
         return True
+
+    def _about_to_ack(self, tap: _Tap) -> int:
+        """How many messages have only confirms to wait for: their acks bring others."""
+        running = self._dispatcher.running()
+        held = chain.from_iterable(draw.holdings for draw in tap.draws)
+        return sum(not (h.waiting or h.convoys or h in running) for h in held)
 
     async def _open_tap(self, tap: _Tap, wanted: int, have: Callable[[_Tap], int]) -> None:
         """Add credit; it is counted under the lock, or two refills would both add it."""
@@ -316,7 +323,7 @@ class Intake:
         except (MalformedMessage, SignatureError) as problem:
             self._set_aside(tap, delivery, "dead", problem, ack)
         else:
-            self._accept(tap, delivery, frame, key, ack)
+            self._accept(tap, draw, delivery, frame, key, ack)
 
     def _is_full(self, class_name: str) -> bool:
         return class_name in self._full and not self._dispatcher.room(class_name)
@@ -342,7 +349,9 @@ class Intake:
         # should not fill two queues with one message.
         self._outbox.set_aside(queue, delivery.body[:MAX_FRAME_BYTES], reason, ack)
 
-    def _accept(self, tap: _Tap, delivery: Delivery, frame: CallFrame, key: Key, ack: Ack) -> None:
+    def _accept(
+        self, tap: _Tap, draw: _Draw, delivery: Delivery, frame: CallFrame, key: Key, ack: Ack
+    ) -> None:
         mark = identity(delivery.body)
         if mark in self._held:
             self._held[mark].acks.append(ack)
@@ -350,8 +359,9 @@ class Intake:
         if mark in self._settled:
             ack()
             return
-        holding = Holding([ack], frame, key, partial(self._settle, mark))
+        holding = Holding([ack], frame, key, partial(self._settle, mark, draw))
         self._held[mark] = holding
+        draw.holdings.add(holding)
         self.counts["frames"] += 1
         self.counts["calls"] += len(frame.calls)
         holding.suspect = tap.suspects
@@ -424,7 +434,8 @@ class Intake:
         reason = f"before the call could start: {problem}"
         self._outbox.failure(holding, holding.take_waiting(), type(problem), reason)
 
-    def _settle(self, mark: bytes, _holding: Holding) -> None:
+    def _settle(self, mark: bytes, draw: _Draw, holding: Holding) -> None:
+        draw.holdings.discard(holding)
         self._held.pop(mark, None)
         self._settled[mark] = None
         if len(self._settled) > _REMEMBERED_FRAMES:
