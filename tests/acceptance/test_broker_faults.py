@@ -96,13 +96,15 @@ def test_under_a_memory_alarm_publishers_wait_and_consumers_go_on(
     own_cluster.worker("--slots", "2")
     with own_cluster.client() as client, flame.Runner("t", client=client) as runner:
         service = runner.service(note)
-        before = [service(str(tmp_path), i, 0.01) for i in range(200)]
+        before = [service(str(tmp_path), i, 0.01) for i in range(500)]
         wait_until(lambda: any(f.done() for f in before), 30)
         own_rabbit.set_alarm()
-        during = [service(str(tmp_path), i) for i in range(200, 400)]
-        wait_until(lambda: len(list(tmp_path.glob("[0-9]*"))) >= 150, 30)  # consumers go on
+        during = [service(str(tmp_path), i) for i in range(500, 700)]
+        started = lambda: len(list(tmp_path.glob("[0-9]*")))  # noqa: E731
+        wait_until(lambda: started() >= 450, 60, lambda: f"{started()} started")  # they go on
+        assert not any(f.done() for f in during)
         own_rabbit.clear_alarm()
-        assert runner.get(before + during, timeout=60) == list(range(400))
+        assert runner.get(before + during, timeout=60) == list(range(700))
 
 
 @pytest.mark.parametrize("victim", ["client", "worker", "both"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,29 @@ async def test_a_flood_of_output_leaves_in_frames_that_are_not_refused(tmp_path:
             return len(lines) == 100
 
         await eventually(all_read, 5)
+
+
+async def test_while_the_broker_lets_nothing_leave_slots_go_on_and_nothing_is_handed_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(tmp_path) as lab:
+        publish, blocked = lab.transport.publish, [True]
+
+        async def when_it_flows(queue: str, body: bytes, options: dict[str, Any]) -> None:
+            await eventually(lambda: not blocked[0], 30)
+            await publish(queue, body, **options)
+
+        def wait(queue: str, body: bytes, **options: Any) -> asyncio.Future[None]:
+            return asyncio.ensure_future(when_it_flows(queue, body, options))
+
+        monkeypatch.setattr(lab.transport, "publish", wait)
+        await lab.submit(frame_of([1]), frame_of([2, 3]), *(frame_of([n]) for n in range(4, 40)))
+        for done in range(39):
+            await eventually(lambda: len(lab.slots[0].started) > done, 5)  # noqa: B023
+            if done == 1:
+                await eventually(lambda: lab.outbox.stalled and lab.slots[0].revoked, 5)
+            lab.slots[0].finish()
+        assert lab.intake.held == 38
+        blocked[0] = False
+        await lab.settled(39)
+        assert lab.slots[0].started == [*range(1, 40)]

@@ -176,6 +176,7 @@ class Worker:
         self._draining = True
         for chore in self._chores:
             chore.cancel()
+        self._intake.stop()
         self._dispatcher.close()
         await self._pool.close(grace_s=1.0)
         await self._bridge.close()

@@ -361,7 +361,8 @@ class Dispatcher:
         deadline = now - BUDGET_S
         self._revoke_all(lambda given: given.at < deadline)
         self.pump()
-        for holding in self._waiting():
+        # What cannot leave is not handed back: here it may still run.
+        for holding in () if self._outbox.stalled else self._waiting():
             if holding.since < (now - SUSPECT_S if holding.suspect else deadline):
                 coming = self.intake.full(holding.frame.spec.resources, holding.frame.queue)
                 # What comes back at once cannot start either, and goes to the queue's end then.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from time import time
@@ -34,11 +34,12 @@ from flame_broker.topology import (
     suspects_queue,
     tracked,
 )
-from flame_broker.transport import Consumer, Delivery, QueueSpec, Transport
+from flame_broker.transport import Delivery, Transport
 from flame_worker.dispatch import DROPPED, Dispatcher
 from flame_worker.holding import Ack, Holding
 from flame_worker.outbox import Outbox
 from flame_worker.spool import Spool
+from flame_worker.taps import Draw, Tap
 
 __all__ = ["Intake"]
 
@@ -48,51 +49,11 @@ AHEAD: Final = 6
 """Frames held beyond the number of slots while calls are short: they hide the broker's latency."""
 
 _REFILL_EVERY_S: Final = 0.01
+_LOOK_EVERY_S: Final = 0.05
+_HELD_MOST: Final = 1000
+"""Frames in hand while the broker lets nothing leave; their results stay in our memory."""
 _REMEMBERED_FRAMES: Final = 2048
 _REMEMBERED_DROPS: Final = 100_000
-
-
-@dataclass(slots=True, eq=False)
-class _Draw:
-    """One consumer and its credit.
-
-    It is cancelled only while all its credit is used: a quorum queue of RabbitMQ 3.10 returns what
-    a cancel overtakes as redelivered, and innocent calls would be suspects
-    (https://github.com/rabbitmq/rabbitmq-server/pull/3746). One consumer with the credit of eight
-    gets a message 0.3 ms sooner than one of eight with a credit of one (measured on 3.10).
-    """
-
-    credit: int
-    held: int = 0
-    consumer: Consumer | None = None
-    holdings: set[Holding] = field(default_factory=set)
-
-    @property
-    def used(self) -> bool:
-        """Whether the broker sends it nothing more before an ack."""
-        return self.held >= self.credit
-
-
-@dataclass(slots=True, eq=False)
-class _Tap:
-    """One queue and the consumers on it."""
-
-    queue: QueueSpec
-    key: Key
-    class_name: str
-    suspects: bool = False
-    draws: set[_Draw] = field(default_factory=set)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def credit(self) -> int:
-        """How many messages it can have delivered at a time."""
-        return sum(draw.credit for draw in self.draws)
-
-    @property
-    def unused(self) -> int:
-        """How many messages more it can deliver."""
-        return sum(draw.credit - draw.held for draw in self.draws)
 
 
 class Intake:
@@ -123,7 +84,7 @@ class Intake:
         self._outbox = outbox
         self._spool = spool
         self._dispatcher = dispatcher
-        self._taps: dict[str, list[_Tap]] = {}
+        self._taps: dict[str, list[Tap]] = {}
         self._held: dict[bytes, Holding] = {}
         self._settled: OrderedDict[bytes, None] = OrderedDict()
         self._dropped: OrderedDict[tuple[str, int], type[CallError]] = OrderedDict()
@@ -131,6 +92,7 @@ class Intake:
         self._short: set[str] = set()
         self._refilling: asyncio.Task[None] | None = None
         self._refill_again = False
+        self._looking: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = True
 
@@ -153,11 +115,11 @@ class Intake:
 
     async def add_class(self, class_name: str, *, with_suspects: bool = False) -> None:
         """Begin to consume the queues of a resource class, the highest priority first."""
-        taps: list[_Tap] = []
+        taps: list[Tap] = []
         for key in self._keyring:
             if with_suspects:
                 queue = suspects_queue(key.hex_id, self._pool)
-                taps.append(_Tap(queue, key, class_name, suspects=True))
+                taps.append(Tap(queue, key, class_name, suspects=True))
                 for aside in (dead_queue, parked_queue):
                     await self._transport.declare(aside(key.hex_id, self._pool))
         taps += await self._calls_taps(class_name)
@@ -168,7 +130,7 @@ class Intake:
             self._refill_again = True  # should this one fail
             await self._refill_class(class_name)
 
-    async def _calls_taps(self, class_name: str) -> list[_Tap]:
+    async def _calls_taps(self, class_name: str) -> list[Tap]:
         fanout = self._transport.capabilities.fanout
         if fanout:
             for key in self._keyring:
@@ -179,7 +141,7 @@ class Intake:
             for key in self._keyring
         ]
         return [
-            _Tap(tracked(queue, key.hex_id) if fanout else queue, key, class_name)
+            Tap(tracked(queue, key.hex_id) if fanout else queue, key, class_name)
             for queue, key in queues
         ]
 
@@ -218,13 +180,29 @@ class Intake:
         if self._open and self._refilling is None:
             self._refilling = self._spawn(self._refill())
 
+    def stop(self) -> None:
+        """Ask for nothing more; what the broker was asked for may still come."""
+        self._open = False
+
     async def close(self) -> None:
         """Stop consuming; what is in hand stays in hand."""
-        self._open = False
+        self.stop()
         if self._refilling is not None:
             await asyncio.wait([self._refilling])
         taps = chain.from_iterable(self._taps.values())
         await asyncio.gather(*(self._shut(tap) for tap in taps))
+
+    def _look(self) -> None:
+        """Go on while the broker lets nothing leave: calls that are done must not bind credit."""
+        self._looking = None
+        if self._outbox.stalled and self._transport.connected:
+            self._full.update(self._taps)
+            self._refill_soon()
+        self._look_later()
+
+    def _look_later(self) -> None:
+        if self._looking is None and self._held and self._open:
+            self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look)
 
     async def _refill(self) -> None:
         try:
@@ -235,7 +213,8 @@ class Intake:
                 await asyncio.sleep(_REFILL_EVERY_S)
         except FlameError as problem:
             self._refill_again = True
-            _log.warning("intake.refill_failed", reason=str(problem))
+            if self._open:  # or the transport was closed under it, as the worker leaves
+                _log.warning("intake.refill_failed", reason=str(problem))
         finally:
             self._refilling = None
 
@@ -259,11 +238,11 @@ class Intake:
         """
         for tap in self._taps[class_name]:
             room = self._dispatcher.room(class_name)
-            if not room or not self._open:
+            if not room or not self._open or len(self._held) >= _HELD_MOST:
                 return False
             if tap.suspects:
                 continue  # one draw, never shut: two suspects at a time could not be told apart
-            if self._dispatcher.ending(class_name):
+            if self._dispatcher.ending(class_name) or self._outbox.stalled:
                 # The ack of a call that ends would bring another one beside that asked for here.
                 await self._shut(tap, [*tap.draws])
             await self._open_tap(tap, room, lambda tap: tap.unused + self._about_to_ack(tap))
@@ -272,21 +251,23 @@ class Intake:
         self._full.discard(class_name)
         return True
 
-    def _about_to_ack(self, tap: _Tap) -> int:
+    def _about_to_ack(self, tap: Tap) -> int:
         """How many messages have only confirms to wait for: their acks bring others."""
+        if self._outbox.stalled:
+            return 0
         running = self._dispatcher.running()
         held = chain.from_iterable(draw.holdings for draw in tap.draws)
         return sum(not (h.waiting or h.convoys or h in running) for h in held)
 
-    async def _open_tap(self, tap: _Tap, wanted: int, have: Callable[[_Tap], int]) -> None:
+    async def _open_tap(self, tap: Tap, wanted: int, have: Callable[[Tap], int]) -> None:
         """Add credit; it is counted under the lock, or two refills would both add it."""
         async with tap.lock:
             more = wanted - have(tap)
             if more > 0 and self._open:
                 await self._draw(tap, more)
 
-    async def _draw(self, tap: _Tap, credit: int) -> None:
-        draw = _Draw(credit)
+    async def _draw(self, tap: Tap, credit: int) -> None:
+        draw = Draw(credit)
         tap.draws.add(draw)
         deliver = partial(self._on_delivery, tap, draw)
         try:
@@ -296,9 +277,9 @@ class Intake:
             tap.draws.discard(draw)  # the next refill tries again
             raise
 
-    async def _shut(self, tap: _Tap, draws: list[_Draw] | None = None) -> None:
+    async def _shut(self, tap: Tap, draws: list[Draw] | None = None) -> None:
         async with tap.lock:
-            for draw in list(tap.draws) if draws is None else filter(_is_used, draws):
+            for draw in list(tap.draws) if draws is None else [d for d in draws if d.used]:
                 tap.draws.discard(draw)
                 if draw.consumer is not None:
                     await draw.consumer.cancel()
@@ -311,9 +292,9 @@ class Intake:
 
     # ── deliveries ───────────────────────────────────────────────────────────
 
-    def _on_delivery(self, tap: _Tap, draw: _Draw, delivery: Delivery) -> None:
+    def _on_delivery(self, tap: Tap, draw: Draw, delivery: Delivery) -> None:
         draw.held += 1
-        ack = partial(_ack, draw, delivery)
+        ack = partial(draw.ack, delivery)
         if not tap.suspects and draw.used and self._is_full(tap.class_name):
             self._spawn(self._shut(tap, [draw]))
         try:
@@ -328,7 +309,7 @@ class Intake:
     def _is_full(self, class_name: str) -> bool:
         return class_name in self._full and not self._dispatcher.room(class_name)
 
-    def _open_calls(self, tap: _Tap, delivery: Delivery) -> tuple[CallFrame, Key]:
+    def _open_calls(self, tap: Tap, delivery: Delivery) -> tuple[CallFrame, Key]:
         frame, key = open_frame(delivery.body, self._keyring, queue=delivery.queue)
         if not isinstance(frame, CallFrame):
             raise MalformedMessage("a frame in a calls queue that holds no calls")
@@ -338,7 +319,7 @@ class Intake:
         return frame, key
 
     def _set_aside(
-        self, tap: _Tap, delivery: Delivery, fate: str, problem: FlameError, ack: Ack
+        self, tap: Tap, delivery: Delivery, fate: str, problem: FlameError, ack: Ack
     ) -> None:
         self.counts[fate] += 1
         aside = dead_queue if fate == "dead" else parked_queue
@@ -350,7 +331,7 @@ class Intake:
         self._outbox.set_aside(queue, delivery.body[:MAX_FRAME_BYTES], reason, ack)
 
     def _accept(
-        self, tap: _Tap, draw: _Draw, delivery: Delivery, frame: CallFrame, key: Key, ack: Ack
+        self, tap: Tap, draw: Draw, delivery: Delivery, frame: CallFrame, key: Key, ack: Ack
     ) -> None:
         mark = identity(delivery.body)
         if mark in self._held:
@@ -361,6 +342,7 @@ class Intake:
             return
         holding = Holding([ack], frame, key, partial(self._settle, mark, draw))
         self._held[mark] = holding
+        self._look_later()
         draw.holdings.add(holding)
         self.counts["frames"] += 1
         self.counts["calls"] += len(frame.calls)
@@ -370,13 +352,13 @@ class Intake:
         elif not self._late(holding) and self._wanted(holding):
             self._provide(holding)
 
-    def _suspect(self, tap: _Tap, holding: Holding) -> None:
+    def _suspect(self, tap: Tap, holding: Holding) -> None:
         """Whoever had this frame is gone, perhaps because of it: run its calls one by one."""
         self.counts["suspects"] += len(holding.frame.calls)
         queue = suspects_queue(tap.key.hex_id, self._pool).name
         self._outbox.hand_back(holding, holding.take_waiting(), queue=queue)
 
-    def _strike(self, tap: _Tap, holding: Holding) -> None:
+    def _strike(self, tap: Tap, holding: Holding) -> None:
         """Lost again: from now on it runs apart, and that counts against it if it was alone."""
         strikes = holding.frame.strikes + (holding.frame.suspicion is Suspicion.ALONE)
         calls = holding.take_waiting()
@@ -434,7 +416,7 @@ class Intake:
         reason = f"before the call could start: {problem}"
         self._outbox.failure(holding, holding.take_waiting(), type(problem), reason)
 
-    def _settle(self, mark: bytes, draw: _Draw, holding: Holding) -> None:
+    def _settle(self, mark: bytes, draw: Draw, holding: Holding) -> None:
         draw.holdings.discard(holding)
         self._held.pop(mark, None)
         self._settled[mark] = None
@@ -466,12 +448,3 @@ class Intake:
             self._dropped[client, counter] = kind
         while len(self._dropped) > _REMEMBERED_DROPS:
             self._dropped.popitem(last=False)
-
-
-def _is_used(draw: _Draw) -> bool:
-    return draw.used
-
-
-def _ack(draw: _Draw, delivery: Delivery) -> None:
-    draw.held -= 1
-    delivery.ack()

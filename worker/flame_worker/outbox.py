@@ -38,6 +38,7 @@ _PATIENCE_S: Final = float("inf")
 """How long custody waits for the broker: a frame that was given up would be held for ever."""
 
 _TRY_AGAIN_S: Final = 1.0
+_STALLED_S: Final = 0.05
 
 _REPLY_AGAIN_S: Final = 1.0
 _REPLY_PATIENCE_S: Final = 60.0
@@ -75,8 +76,19 @@ class Outbox:
         self._in_flight: set[asyncio.Future[None]] = set()
         self._making: set[asyncio.Future[None]] = set()
         self._flush_due = False
+        self._heard_at = 0.0
         self._patient_until = 0.0
         self._gone: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether nothing leaves: for 50 ms the broker has confirmed nothing of what waits.
+
+        RabbitMQ stops to read from publishers while its memory or its disk is short.
+        """
+        if not self._in_flight:
+            return False
+        return asyncio.get_running_loop().time() - self._heard_at > _STALLED_S
 
     def reconnected(self) -> None:
         """Be patient with clients from now on: a broker that crashed may have lost their queues.
@@ -192,6 +204,8 @@ class Outbox:
         confirmed = self._transport.publish(
             queue, body, exchange=exchange, headers=headers, deadline_s=_PATIENCE_S
         )
+        if not self._in_flight:
+            self._heard_at = asyncio.get_running_loop().time()
         self._in_flight.add(confirmed)
         confirmed.add_done_callback(partial(self._confirmed, queue, then, otherwise))
 
@@ -307,6 +321,7 @@ class Outbox:
         confirmed: asyncio.Future[None],
     ) -> None:
         self._in_flight.discard(confirmed)
+        self._heard_at = asyncio.get_running_loop().time()
         if confirmed.cancelled():
             return
         problem = confirmed.exception()
