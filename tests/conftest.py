@@ -28,6 +28,13 @@ def started(start: Callable[[], Service]) -> Service:
         pytest.skip(str(exc))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In a run of several processes, one does the acceptance tests: they take a whole machine."""
+    for item in items:
+        if "acceptance" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("acceptance"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _isolated_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the user's own configuration out of the tests, and the tests out of their home."""
