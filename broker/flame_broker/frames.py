@@ -32,12 +32,14 @@ from flame_broker.messages import (
     CallFrame,
     CallSpec,
     ControlFrame,
+    Deposit,
     Event,
     EventFrame,
     EventKind,
     Frame,
     Result,
     ResultFrame,
+    RetryPolicy,
     Status,
     Suspicion,
     Target,
@@ -66,8 +68,9 @@ MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
 _MAGIC: Final = b"FLM"
 _PREFIX_BYTES: Final = len(_MAGIC) + 1 + KEY_ID_BYTES
 _BODY_AT: Final = _PREFIX_BYTES + SIGNATURE_BYTES
-_CALLS, _RESULTS, _EVENTS, _CONTROL = range(4)
+_CALLS, _RESULTS, _EVENTS, _CONTROL, _DEPOSIT = range(5)
 _MAX_CALLS: Final = 2048  # far above what a client sends; a slot takes several such frames
+_MAX_ATTEMPTS: Final = 1_000_000
 _MAX_SECONDS: Final = 1e9  # the timers of an operating system end somewhere
 _STATUSES: Final = {int(status): status for status in Status}
 _SUSPICIONS: Final = {int(suspicion): suspicion for suspicion in Suspicion}
@@ -209,9 +212,16 @@ def _encode_calls(frame: CallFrame) -> tuple[object, ...]:
         frame.handed,
         frame.expires_at,
         (target.name, target.sha256, target.size, target.python),
-        (spec.resources, spec.timeout_s, spec.grace_s, spec.echo, spec.label, spec.track),
+        _encode_spec(spec),
         [call[:2] if not call[2] else _call_with_refs(call) for call in frame.calls],
     )
+
+
+def _encode_spec(spec: CallSpec) -> tuple[object, ...]:
+    fields = (spec.resources, spec.timeout_s, spec.grace_s, spec.echo, spec.label, spec.track)
+    if spec.retry_on or spec.exit_codes:
+        return *fields, spec.retry_on, spec.exit_codes
+    return fields
 
 
 def _call_with_refs(call: Call) -> tuple[object, ...]:
@@ -253,7 +263,7 @@ def _target(name: str, sha256: str, size: int, python: str) -> Target:
     return Target(_check(name, str), sha256, _check(size, int), _check(python, str))
 
 
-def _spec(  # noqa: PLR0917  # one parameter a field on the wire
+def _spec(  # noqa: PLR0913, PLR0917  # one parameter a field on the wire
     target: Target,
     resources: str,
     timeout_s: float,
@@ -261,6 +271,8 @@ def _spec(  # noqa: PLR0917  # one parameter a field on the wire
     echo: bool,
     label: str,
     track: bool,
+    retry_on: tuple[Any, ...] = (),
+    exit_codes: tuple[Any, ...] = (),
 ) -> CallSpec:
     return CallSpec(
         target=target,
@@ -270,6 +282,8 @@ def _spec(  # noqa: PLR0917  # one parameter a field on the wire
         echo=_check(echo, bool),
         label=_check(label, str),
         track=_check(track, bool),
+        retry_on=tuple([_check(name, str) for name in retry_on]),
+        exit_codes=tuple([_check(code, int) for code in exit_codes]),
     )
 
 
@@ -349,15 +363,60 @@ def _decode_control(queue: str, verb: str, arguments: Mapping[str, Any]) -> Cont
     return ControlFrame(_check(queue, str), _check(verb, str), named)
 
 
+def _encode_deposit(frame: Deposit) -> tuple[object, ...]:
+    retry = frame.retry
+    policy = None if retry is None else (
+        retry.attempts, retry.backoff_s, retry.factor, retry.jitter
+    )  # fmt: skip
+    calls = _encode_calls(frame.frame)[1:]
+    return _DEPOSIT, frame.queue, frame.due, frame.keys, policy, frame.queue_timeout_s, calls
+
+
+def _decode_deposit(
+    queue: str,
+    due: tuple[Any, ...],
+    keys: tuple[Any, ...],
+    policy: tuple[Any, ...] | None,
+    queue_timeout_s: float,
+    calls: tuple[Any, ...],
+) -> Deposit:
+    frame = _decode_calls(*calls)
+    if not len(due) == len(keys) == len(frame.calls):
+        raise ValueError(f"{len(frame.calls)} calls with {len(due)} times and {len(keys)} keys")
+    return Deposit(
+        queue=_check(queue, str),
+        frame=frame,
+        due=tuple([_seconds_since_1970(at) for at in due]),
+        keys=tuple([_check(key, str) for key in keys]),
+        retry=None if policy is None else _policy(*policy),
+        queue_timeout_s=_seconds(queue_timeout_s),
+    )
+
+
+def _policy(attempts: int, backoff_s: float, factor: float, jitter: bool) -> RetryPolicy:
+    if not 0 < _check(attempts, int) <= _MAX_ATTEMPTS:
+        raise ValueError(f"{attempts} attempts")
+    return RetryPolicy(attempts, _seconds(backoff_s), _seconds(factor), _check(jitter, bool))
+
+
+def _seconds_since_1970(value: object) -> float:
+    at: float = _check(value, (int, float))
+    if not 0 <= at < float("inf"):
+        raise ValueError(f"{at} is no time")
+    return float(at)
+
+
 _ENCODERS: Final[dict[type, Callable[[Any], tuple[object, ...]]]] = {
     CallFrame: _encode_calls,
     ResultFrame: _encode_results,
     EventFrame: _encode_events,
     ControlFrame: _encode_control,
+    Deposit: _encode_deposit,
 }
 _DECODERS: Final[dict[int, Callable[..., Frame]]] = {
     _CALLS: _decode_calls,
     _RESULTS: _decode_results,
     _EVENTS: _decode_events,
     _CONTROL: _decode_control,
+    _DEPOSIT: _decode_deposit,
 }

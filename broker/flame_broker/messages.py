@@ -26,6 +26,7 @@ __all__ = [
     "CallFrame",
     "CallSpec",
     "ControlFrame",
+    "Deposit",
     "Event",
     "EventFrame",
     "EventKind",
@@ -34,6 +35,7 @@ __all__ = [
     "Priority",
     "Result",
     "ResultFrame",
+    "RetryPolicy",
     "Status",
     "Suspicion",
     "Target",
@@ -88,13 +90,15 @@ class Status(IntEnum):
 
     ``OK``: the payload is the encoded value. ``ERROR``: the target raised; the payload describes
     the exception. ``FAILED``: the call did not end by itself (timeout, lost, cancelled…); the
-    payload names the error class. ``ITEM``: one item of a stream, more to come.
+    payload names the error class. ``ITEM``: one item of a stream, more to come. ``AGAIN``: an
+    ``ERROR`` that the call's retry policy names; its custodian decides what becomes of it.
     """
 
     OK = 0
     ERROR = 1
     FAILED = 2
     ITEM = 3
+    AGAIN = 4
 
 
 class EventKind(StrEnum):
@@ -134,6 +138,8 @@ class CallSpec:
         echo: Send the call's output to the client's console.
         label: The name the user knows the service by.
         track: Keep the call's story in the ledger, where an orchestrator does so.
+        retry_on: Exceptions after which the custodian may try again, as ``module.qualname``.
+        exit_codes: The same for a call that exits, by its code.
     """
 
     target: Target
@@ -143,6 +149,8 @@ class CallSpec:
     echo: bool = True
     label: str = ""
     track: bool = True
+    retry_on: tuple[str, ...] = ()
+    exit_codes: tuple[int, ...] = ()
 
 
 class Call(NamedTuple):
@@ -187,6 +195,44 @@ class CallFrame:
     suspicion: Suspicion = Suspicion.SHARED
     handed: int = 0
     expires_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and when a call that failed is tried again; what for, its ``CallSpec`` says.
+
+    Args:
+        attempts: In all, the first included.
+        backoff_s: The longest pause before the second attempt, in seconds.
+        factor: By how much it grows with each attempt more.
+        jitter: Pause for a random part of it, so that calls that failed together come apart.
+    """
+
+    attempts: int
+    backoff_s: float
+    factor: float
+    jitter: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Deposit:
+    """Calls that need time: the orchestrator keeps them and has them run (PROTOCOL.md, rule 7).
+
+    Args:
+        queue: The custody queue, that it is signed for.
+        frame: The calls as a worker gets them, but for their reply address, which is the client's.
+        due: When each call may start at the earliest, in seconds since 1970; 0: at once.
+        keys: What each call is to be done once for; ``""``: it stands for itself.
+        retry: None to try once.
+        queue_timeout_s: How long each attempt may wait for a worker; 0 for ever.
+    """
+
+    queue: str
+    frame: CallFrame
+    due: tuple[float, ...]
+    keys: tuple[str, ...]
+    retry: RetryPolicy | None = None
+    queue_timeout_s: float = 0.0
 
 
 class Result(NamedTuple):
@@ -263,7 +309,7 @@ class ControlFrame:
     arguments: Mapping[str, Plain] = field(default_factory=dict)
 
 
-Frame = CallFrame | ResultFrame | EventFrame | ControlFrame
+Frame = CallFrame | ResultFrame | EventFrame | ControlFrame | Deposit
 
 
 def call_id(client: str, counter: int) -> str:

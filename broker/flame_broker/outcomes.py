@@ -97,7 +97,7 @@ def describe(result: Result) -> tuple[str, str]:
     Raises:
         MalformedMessage: The payload describes no failure.
     """
-    length = 4 if result.status is Status.ERROR else 2
+    length = 4 if result.status in (Status.ERROR, Status.AGAIN) else 2
     name, message = _unpack(result.payload, length)[:2]
     return str(name).removeprefix("builtins."), str(message)
 

@@ -25,6 +25,7 @@ __all__ = [
     "classes_queue",
     "control_exchange",
     "control_queue",
+    "custody_queue",
     "dead_queue",
     "ledger_queue",
     "logs_exchange",
@@ -126,6 +127,12 @@ def questions_queue(key_id: str) -> QueueSpec:
         QueueKind.CLASSIC,
         arguments={"x-single-active-consumer": True, "x-message-ttl": _QUESTION_TTL_MS},
     )
+
+
+def custody_queue(key_id: str) -> QueueSpec:
+    """Where calls that need time go, and their results; the one that leads takes them (rule 11)."""
+    spec = work_queue(f"{_PREFIX}.{key_id}.custody")
+    return replace(spec, arguments={**spec.arguments, "x-single-active-consumer": True})
 
 
 def reply_queue(key_id: str, client: str, epoch: int) -> QueueSpec:

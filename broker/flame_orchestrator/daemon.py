@@ -24,6 +24,8 @@ from flame_broker.messages import CallFrame, ControlFrame, ResultFrame
 from flame_broker.topology import calls_exchange, ledger_queue, questions_queue
 from flame_broker.transport import Delivery, QueueSpec, Transport
 from flame_orchestrator.answers import Answers
+from flame_orchestrator.custodian import Custodian
+from flame_orchestrator.custody import Custody
 from flame_orchestrator.database import open_database
 from flame_orchestrator.history import History
 from flame_orchestrator.ledger import Arrival, Ledger
@@ -81,6 +83,7 @@ class Orchestrator:
         self._engine: Engine | None = None
         self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._custodians: list[Custodian] = []
 
     async def start(self) -> None:
         """Open the database, connect, begin to listen.
@@ -97,12 +100,15 @@ class Orchestrator:
         await self._transport.open()
         for key in self.settings.keyring:
             await self._listen(key)
+            await self._keep_calls(key, engine)
         self._later(self._forget())
         _log.info("orchestrator.ready", database=engine.url.render_as_string())
 
     async def stop(self) -> None:
         """Leave; what is not written is not acked, and comes again."""
         self._leaving = True
+        for custodian in self._custodians:
+            await custodian.stop()
         if self._writing is not None:
             await asyncio.wait([self._writing], timeout=_LAST_WRITE_S)
         for task in [*self._tasks, *filter(None, [self._writing])]:
@@ -123,6 +129,18 @@ class Orchestrator:
         await self._transport.declare(ledger, questions)
         await self._transport.consume(ledger.name, self._on_ledger, prefetch=_AHEAD)
         await self._transport.consume(questions.name, self._on_question, prefetch=_QUESTIONS_AHEAD)
+
+    async def _keep_calls(self, key: Key, engine: Engine) -> None:
+        custodian = Custodian(
+            self._transport,
+            self.settings.keyring,
+            key,
+            Custody(engine, self._ledger, key),
+            self._in_thread,
+            self._answers.tell,
+        )
+        self._custodians.append(custodian)
+        await custodian.start()
 
     # ── the ledger ───────────────────────────────────────────────────────────
 

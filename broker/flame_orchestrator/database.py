@@ -14,7 +14,7 @@ from flame_broker.errors import ConfigError
 
 __all__ = ["SCHEMA_VERSION", "default_url", "open_database"]
 
-SCHEMA_VERSION: Final = "0001"
+SCHEMA_VERSION: Final = "0002"
 """The last migration."""
 
 _MIGRATIONS: Final = Path(__file__).with_name("migrations")

@@ -11,11 +11,11 @@ from sqlalchemy import Connection, Engine, Row, Select, select
 
 from flame_broker.frames import reread
 from flame_broker.messages import Result, ResultFrame, Status, call_id, parse_call_id
-from flame_orchestrator.schema import batches, failures, outcomes
+from flame_orchestrator.schema import batches, failures, kept, outcomes
 from flame_orchestrator.spans import Span, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
 
-__all__ = ["Facts", "History", "Outcome"]
+__all__ = ["Facts", "History", "Outcome", "outcome_of"]
 
 Facts = dict[str, Any]
 """A call as people see it: plain values by name."""
@@ -51,6 +51,8 @@ class History:
         with self._engine.connect() as connection:
             if state in _FAILED:
                 return [*_failed(connection, state, label, limit)]
+            if state is CallState.WAITING:
+                return [*islice(_waiting(connection, label), limit)]
             found = [*islice(_listed(connection, state, label, limit), limit)]
             _add_ends(connection, found)
             return found
@@ -59,7 +61,7 @@ class History:
         """All that is known of one call; None if nothing is."""
         with self._engine.connect() as connection:
             batch = _batch_of(connection, client, counter)
-            outcome = _outcome_of(connection, client, counter)
+            outcome = _ending_of(connection, client, counter)
             if batch is None and outcome is None:
                 return None
             facts: Facts = {"id": call_id(client, counter), "state": CallState.QUEUED.value}
@@ -71,20 +73,12 @@ class History:
                 row, final = outcome
                 facts |= {"state": CallState.SUCCEEDED.value, **_end(row, final)}
                 facts |= _failure_of(connection, client, counter)
-            return facts
+            return facts | _kept_in(connection, client, counter, counter).get(counter, {})
 
     def outcome(self, client: str, counter: int) -> Outcome | None:
         """The outcome itself; None while the call has not ended."""
         with self._engine.connect() as connection:
-            found = _outcome_of(connection, client, counter)
-            if found is None:
-                return None
-            _, final = found
-            if not final.index:
-                return Outcome([], final)
-            every = (result for _, result in _results_of(connection, client, counter))
-            items = {r.index: r for r in every if r.status is Status.ITEM}
-            return Outcome([items[n] for n in sorted(items)], final)
+            return outcome_of(connection, client, counter)
 
     def frames_about(self, client: str, counters: Iterable[int]) -> list[ResultFrame]:
         """The results of these calls of a client, in the frames that brought them."""
@@ -94,6 +88,19 @@ class History:
                 for row, frame in _result_frames(connection, client, first, last):
                     found[row.id] = frame
         return [found[row] for row in sorted(found)]
+
+
+def outcome_of(connection: Connection, client: str, counter: int) -> Outcome | None:
+    """The outcome of a call, as a transaction sees it; None while it has not ended."""
+    found = _ending_of(connection, client, counter)
+    if found is None:
+        return None
+    _, final = found
+    if not final.index:
+        return Outcome([], final)
+    every = (result for _, result in _results_of(connection, client, counter))
+    items = {r.index: r for r in every if r.status is Status.ITEM}
+    return Outcome([items[n] for n in sorted(items)], final)
 
 
 def _runs(ordered: list[int]) -> Iterator[tuple[int, int]]:
@@ -122,10 +129,12 @@ def _listed(
     for row in rows:
         span = Span.load(row.first, row.last, row.counters)
         done = int.from_bytes(row.done, "little")
-        failed = _failures_in(connection, row.client, row.first, row.last) if done else {}
+        known = _failures_in(connection, row.client, row.first, row.last) if done else {}
+        for counter, facts in _kept_in(connection, row.client, row.first, row.last).items():
+            known[counter] = known.get(counter, {}) | facts
         for at in range(len(span) - 1, -1, -1):
             counter = span.counters[at]
-            facts = _summary(row, counter, ended=bool(done >> at & 1), failed=failed)
+            facts = _summary(row, counter, ended=bool(done >> at & 1), known=known)
             if state is None or facts["state"] == state.value:
                 yield facts
 
@@ -145,15 +154,13 @@ def _add_ends(connection: Connection, calls: list[Facts]) -> None:
                         by_counter.pop(result.counter).update(_end(row, result))
 
 
-def _summary(row: Row[Any], counter: int, *, ended: bool, failed: Mapping[int, Facts]) -> Facts:
-    facts: Facts = {
+def _summary(row: Row[Any], counter: int, *, ended: bool, known: Mapping[int, Facts]) -> Facts:
+    return {
         "id": call_id(row.client, counter),
         "state": (CallState.SUCCEEDED if ended else CallState.QUEUED).value,
         **_circumstances(row),
+        **known.get(counter, {}),
     }
-    if counter in failed:
-        facts |= failed[counter]
-    return facts
 
 
 def _circumstances(row: Row[Any]) -> Facts:
@@ -184,6 +191,34 @@ def _failed(
         found += 1
         if found == limit:
             return
+
+
+def _waiting(connection: Connection, label: str) -> Iterator[Facts]:
+    """Calls that the orchestrator keeps until they are due, the newest first."""
+    wanted = select(kept).where(kept.c.state == CallState.WAITING.value).order_by(kept.c.id.desc())
+    for row in connection.execute(wanted):
+        batch = _batch_of(connection, row.client, row.counter)
+        if not label or (batch is not None and batch.label == label):
+            around = _circumstances(batch) if batch is not None else {}
+            yield {"id": call_id(row.client, row.counter), **around, **_custody(row)}
+
+
+def _kept_in(connection: Connection, client: str, first: int, last: int) -> dict[int, Facts]:
+    """What the orchestrator's custody adds to the stories of calls."""
+    columns = kept.c.counter, kept.c.state, kept.c.attempt, kept.c.due_at, kept.c.reason
+    rows = connection.execute(
+        select(*columns).where(kept.c.client == client, kept.c.counter.between(first, last))
+    )
+    return {row.counter: _custody(row) for row in rows}
+
+
+def _custody(row: Any) -> Facts:
+    facts: Facts = {"attempt": row.attempt}
+    if row.state == CallState.WAITING.value:
+        facts |= {"state": row.state, "due_at": row.due_at}
+        if row.reason:
+            facts["reason"] = row.reason
+    return facts
 
 
 def _failures_in(connection: Connection, client: str, first: int, last: int) -> dict[int, Facts]:
@@ -220,12 +255,10 @@ def _has_ended(batch: Row[Any], counter: int) -> bool:
     return bool(span.bits([counter]) & int.from_bytes(batch.done, "little"))
 
 
-def _outcome_of(
-    connection: Connection, client: str, counter: int
-) -> tuple[Row[Any], Result] | None:
+def _ending_of(connection: Connection, client: str, counter: int) -> tuple[Row[Any], Result] | None:
     """The first terminal outcome of a call, and where it stands."""
     for row, result in _results_of(connection, client, counter):
-        if result.status is not Status.ITEM:
+        if result.status not in (Status.ITEM, Status.AGAIN):
             return row, result
     return None
 

@@ -53,7 +53,6 @@ class Ledger:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
-        self._widest: dict[str, int] = {}
 
     def record(self, arrivals: Sequence[Arrival]) -> Mapping[str, set[int]]:
         """Write frames down, all or none.
@@ -64,6 +63,11 @@ class Ledger:
         Raises:
             sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
         """
+        with self._engine.begin() as connection:
+            return self.write(connection, arrivals)
+
+    def write(self, connection: Connection, arrivals: Sequence[Arrival]) -> Mapping[str, set[int]]:
+        """The same, as a part of a transaction."""
         now = time()
         calls = [(a.frame, a.body) for a in arrivals if isinstance(a.frame, CallFrame)]
         results = [(a.frame, a.body) for a in arrivals if isinstance(a.frame, ResultFrame)]
@@ -72,15 +76,12 @@ class Ledger:
             batches: [_batch_row(frame, body, now) for frame, body in calls],
             outcomes: [_outcome_row(frame, body, now) for frame, body in results],
         }
-        widest = self._wider([*rows[batches], *rows[outcomes]])
-        with self._engine.begin() as connection:
-            for table, new in rows.items():
-                self._insert(connection, table, new)
-            self._widen(connection, widest)
-            for fresh in ended.values():
-                self._insert(connection, failures, [*fresh.failures.values()])
-            self._tick_off(connection, [frame for frame, _ in calls], ended)
-        self._widest |= widest
+        for table, new in rows.items():
+            self._insert(connection, table, new)
+        self._widen(connection, _widths([*rows[batches], *rows[outcomes]]))
+        for fresh in ended.values():
+            self._insert(connection, failures, [*fresh.failures.values()])
+        self._tick_off(connection, [frame for frame, _ in calls], ended)
         return {client: fresh.counters for client, fresh in ended.items()}
 
     def forget(self, *, before: float, keep_calls: int) -> int:
@@ -103,15 +104,6 @@ class Ledger:
             for table in (outcomes, failures):
                 gone += connection.execute(delete(table).where(table.c.ended_at < oldest)).rowcount
             return gone
-
-    def _wider(self, rows: Iterable[dict[str, Any]]) -> dict[str, int]:
-        """The clients that have a wider frame now than any before, and how wide it is."""
-        wider: dict[str, int] = {}
-        for row in rows:
-            client, width = row["client"], row["last"] - row["first"]
-            if width > max(wider.get(client, -1), self._widest.get(client, -1)):
-                wider[client] = width
-        return wider
 
     def _widen(self, connection: Connection, widest: Mapping[str, int]) -> None:
         for client, width in widest.items():
@@ -152,6 +144,15 @@ class Ledger:
             connection.execute(
                 statement.values(done=bindparam("bits"), unended=bindparam("left")), changes
             )
+
+
+def _widths(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """How wide the widest of these frames is, by client."""
+    widest: dict[str, int] = {}
+    for row in rows:
+        width = row["last"] - row["first"]
+        widest[row["client"]] = max(width, widest.get(row["client"], 0))
+    return widest
 
 
 def _written_at(connection: Connection, keep_calls: int) -> float:
@@ -197,7 +198,7 @@ def _ended_among(connection: Connection, client: str, counters: list[int]) -> se
         for frame in frames
         if isinstance(frame, ResultFrame)
         for result in frame.results
-        if result.status is not Status.ITEM
+        if result.status not in (Status.ITEM, Status.AGAIN)
     }
 
 

@@ -21,7 +21,16 @@ from sqlalchemy import (
     text,
 )
 
-__all__ = ["batches", "clients", "failures", "metadata", "outcomes"]
+__all__ = [
+    "batches",
+    "clients",
+    "failures",
+    "followers",
+    "kept",
+    "leaders",
+    "metadata",
+    "outcomes",
+]
 
 metadata: Final = MetaData()
 
@@ -94,3 +103,54 @@ failures: Final = Table(
     UniqueConstraint("client", "counter"),
 )
 """Calls that did not succeed."""
+
+kept: Final = Table(
+    "kept",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("key_id", Text, nullable=False),  # of the cluster key that its queues carry
+    Column("client", Text, nullable=False),
+    Column("counter", Integer, nullable=False),
+    Column("once", Text),  # what it is done once for; NULL: it stands for itself
+    Column("state", Text, nullable=False),  # waiting, queued; then that in which it ended
+    Column("attempt", Integer, nullable=False),
+    Column("due_at", Float, nullable=False),
+    Column("reason", Text, nullable=False),  # why it waits again
+    Column("retry", LargeBinary),  # msgpack; NULL: one attempt
+    Column("queue_timeout_s", Float, nullable=False),
+    Column("reply", Text, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # the frame that a worker gets
+    Column("ended_at", Float),
+    Column("ended_by", LargeBinary),  # the signature of the message that ended it
+    UniqueConstraint("client", "counter"),
+    UniqueConstraint("key_id", "once"),
+)
+"""Calls in the custody of the orchestrator."""
+
+Index(
+    "kept_due",
+    kept.c.key_id,
+    kept.c.due_at,
+    sqlite_where=text("state = 'waiting'"),
+    postgresql_where=text("state = 'waiting'"),
+)
+
+followers: Final = Table(
+    "followers",
+    metadata,
+    Column("client", Text, primary_key=True),
+    Column("counter", Integer, primary_key=True),
+    Column("reply", Text, nullable=False),
+    Column("of", Integer, nullable=False, index=True),  # the kept call
+)
+"""Calls that get the outcome of another one, with the same idempotency key."""
+
+leaders: Final = Table(
+    "leaders",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("epoch", Integer, nullable=False),
+    Column("holder", Text, nullable=False),
+    Column("since", Float, nullable=False),
+)
+"""Who leads, for each cluster key; a writer of an older epoch is refused (PROTOCOL.md, rule 11)."""

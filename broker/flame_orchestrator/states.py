@@ -4,7 +4,8 @@
 
     pending → queued → running → succeeded | failed | cancelled | expired | quarantined
 
-A call is *pending* in its client, *queued* once the broker has it, and *running* when somebody says
+with *waiting* before *queued* for a call that the orchestrator keeps until its time has come. A
+call is *pending* in its client, *queued* once the broker has it, and *running* when somebody says
 so. What the ledger hears may arrive in any order and more than once, so a state is derived from
 what is known instead of stepped: the first terminal outcome wins (PROTOCOL.md, promise P2).
 """
@@ -24,6 +25,7 @@ __all__ = ["TERMINAL", "CallState", "Ending", "ending_of"]
 class CallState(StrEnum):
     """Where a call is in its life."""
 
+    WAITING = "waiting"
     QUEUED = "queued"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -32,7 +34,7 @@ class CallState(StrEnum):
     QUARANTINED = "quarantined"
 
 
-TERMINAL: Final = frozenset(CallState) - {CallState.QUEUED}
+TERMINAL: Final = frozenset(CallState) - {CallState.WAITING, CallState.QUEUED}
 
 _STATES: Final = {
     CallCancelled.__name__: CallState.CANCELLED,
@@ -59,14 +61,14 @@ _SUCCESS: Final = Ending(CallState.SUCCEEDED)
 
 
 def ending_of(result: Result) -> Ending | None:
-    """What a result says about its call; None for an item of a stream.
+    """What a result says about its call; None if it may go on: an item, or to be tried again.
 
     Raises:
         MalformedMessage: A failure that describes nothing.
     """
     if result.status is Status.OK:
         return _SUCCESS
-    if result.status is Status.ITEM:
+    if result.status in (Status.ITEM, Status.AGAIN):
         return None
     error, reason = describe(result)
     return Ending(_STATES.get(error, CallState.FAILED), error, reason)

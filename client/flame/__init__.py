@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flame.executor import Executor as Executor
     from flame.futures import ObjectFuture as ObjectFuture
     from flame.mapping import MapResults as MapResults
+    from flame.retry import Retry as Retry
     from flame.runnable.base import Runnable as Runnable
     from flame.runnable.safe import SafeExecutionContext as SafeExecutionContext
     from flame.runner import Runner as Runner
@@ -41,6 +42,7 @@ _HOMES = {
     "ObjectFuture": "flame.futures",
     "ObjectRef": "flame_broker.objects",
     "ResourceRequirement": "flame_broker.resources",
+    "Retry": "flame.retry",
     "Runnable": "flame.runnable.base",
     "Runner": "flame.runner",
     "RunnerService": "flame.service",

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flame.arguments import find_futures, replace_futures
 from flame.futures import ObjectFuture
-from flame.lanes import Lane
+from flame.lanes import NO_TERMS, Keeping, Lane, Terms
 from flame.packaging import PackedTarget, local_code
+from flame.retry import Retry
 from flame.window import Gate
 from flame_broker.codec import Encoded, encode_arguments, encode_scalars, encode_value
 from flame_broker.errors import FlameError, PackagingError
@@ -42,6 +43,8 @@ class CallOptions:
         echo: Print the calls' output here.
         limit: At most so many at once; None for as many as the workers take.
         track: Keep the calls' story in the ledger.
+        retry: Which failures are tried again.
+        kept: The orchestrator has the calls run: it owns time.
     """
 
     label: str
@@ -53,6 +56,8 @@ class CallOptions:
     echo: bool = True
     limit: int | None = None
     track: bool = True
+    retry: Retry | None = None
+    kept: bool = False
 
 
 class Caller:
@@ -80,8 +85,15 @@ class Caller:
         self._session: Session | None = None
         self._lane: Lane | None = None
 
-    def submit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ObjectFuture[Any]:
+    def submit(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], terms: Terms = NO_TERMS
+    ) -> ObjectFuture[Any]:
         """Make one call.
+
+        Args:
+            args: Its arguments.
+            kwargs: Its arguments by name.
+            terms: When, and once for what; for calls that are kept.
 
         Raises:
             PackagingError: An argument cannot be pickled.
@@ -91,17 +103,17 @@ class Caller:
         session, lane = self.board()
         payload = None if kwargs else encode_scalars(args)
         if payload is not None and len(payload) <= INLINE_BYTES:
-            future = self._make_future(session)
+            future = self._make_future(session, terms)
             session.courier.submit(lane, Call(future.counter, payload))
             return future
         try:
             with local_code:
                 encoded = encode_arguments(args, kwargs)
         except PackagingError as exc:
-            return self._submit_when_ready(args, kwargs, exc)
+            return self._submit_when_ready(args, kwargs, exc, terms)
         if encoded.nbytes > INLINE_BYTES:
-            return self._submit_stored(encoded)
-        future = self._make_future(session)
+            return self._submit_stored(encoded, terms)
+        future = self._make_future(session, terms)
         session.courier.submit(lane, Call(future.counter, encoded.join(), encoded.refs))
         return future
 
@@ -152,25 +164,30 @@ class Caller:
                 echo=options.echo,
                 label=options.label,
                 track=options.track,
+                retry_on=options.retry.names if options.retry is not None else (),
+                exit_codes=options.retry.exit_codes if options.retry is not None else (),
             ),
             packed=self._packed,
             pool=options.pool,
-            queue_timeout_s=options.queue_timeout_s,
+            queue_timeout_s=0.0 if options.kept else options.queue_timeout_s,
             gate=self._gate,
+            keeping=_keeping(options) if options.kept else None,
         )
 
-    def _make_future(self, session: Session) -> ObjectFuture[Any]:
+    def _make_future(self, session: Session, terms: Terms = NO_TERMS) -> ObjectFuture[Any]:
         counter = next(session.courier.counters)
         future: ObjectFuture[Any] = ObjectFuture(session.desk, counter, self.options.label)
         future.lane = self._lane
         if self._gate is not None:
             future.gate = self._gate
+        if terms is not NO_TERMS and self._lane is not None and self._lane.keeping is not None:
+            self._lane.keeping.terms[counter] = terms
         session.courier.pending.records[counter] = future
         return future
 
     # ── large arguments ──────────────────────────────────────────────────────
 
-    def _submit_stored(self, encoded: Encoded) -> ObjectFuture[Any]:
+    def _submit_stored(self, encoded: Encoded, terms: Terms) -> ObjectFuture[Any]:
         """Put the arguments into the store first.
 
         Up to 1 MiB is copied and sent in the background. More is stored before this returns:
@@ -179,7 +196,7 @@ class Caller:
         session, _ = self.board()
         values = session.values
         values.store  # noqa: B018  # its absence is the caller's error, not the future's
-        future = self._make_future(session)
+        future = self._make_future(session, terms)
         if encoded.nbytes <= _COPY_BYTES:
             copied = Encoded((encoded.join(),), encoded.nbytes, encoded.refs)
             values.in_background(partial(self._send_stored, future, copied), bounded=True)
@@ -199,7 +216,11 @@ class Caller:
     # ── futures as arguments ─────────────────────────────────────────────────
 
     def _submit_when_ready(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], problem: PackagingError
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        problem: PackagingError,
+        terms: Terms,
     ) -> ObjectFuture[Any]:
         """Make the call when the futures among its arguments are done; return at once.
 
@@ -210,7 +231,7 @@ class Caller:
         if not upstream:
             raise self.blame(args, kwargs) or problem
         session, _ = self.board()
-        future = self._make_future(session)
+        future = self._make_future(session, terms)
         waited_for = [*upstream.values()]
         launch = partial(self._launch, future, waited_for, (args, dict(kwargs)))
         _when_all_done(waited_for, partial(session.values.in_background, launch))
@@ -243,6 +264,11 @@ class Caller:
         session, _ = self.board()
         if session.courier.pending.records.pop(future.counter, None) is not None:
             future.fail_call(future.counter, exc)
+
+
+def _keeping(options: CallOptions) -> Keeping:
+    policy = options.retry.policy if options.retry is not None else None
+    return Keeping(policy, options.queue_timeout_s)
 
 
 def _argument(upstream: Future[Any]) -> Any:

@@ -156,8 +156,8 @@ class Client:
         """The newest calls that the history knows, of every client of this key.
 
         Args:
-            state: Only those in this state: ``queued``, ``succeeded``, ``failed``, ``cancelled``,
-                ``expired`` or ``quarantined``.
+            state: Only those in this state: ``waiting``, ``queued``, ``succeeded``, ``failed``,
+                ``cancelled``, ``expired`` or ``quarantined``.
             label: Only those of the service with this name.
             limit: At most so many.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from flame.packaging import PackedTarget
 from flame.window import Gate, Window
@@ -16,15 +16,46 @@ from flame_broker.messages import (
     Call,
     CallSpec,
     Result,
+    RetryPolicy,
 )
 from flame_broker.objects import REF_BYTES
 from flame_broker.transport import QueueSpec
 
-__all__ = ["Lane", "Pending", "Record"]
+__all__ = ["NO_TERMS", "Keeping", "Lane", "Pending", "Record", "Terms"]
 
 _SAME_EXPIRY_S = 0.05
 _SHORT_FRAME_S = 0.01  # a fifth of the worker's time budget for a frame
 _WEIGHT = 0.3
+
+
+class Terms(NamedTuple):
+    """What one call of several asks of the orchestrator.
+
+    Attributes:
+        not_before: When it may start, in seconds since 1970; 0: at once.
+        key: What it is to be done once for; ``""``: it stands for itself.
+    """
+
+    not_before: float = 0.0
+    key: str = ""
+
+
+NO_TERMS: Final = Terms()
+
+
+@dataclass(slots=True, eq=False)
+class Keeping:
+    """The calls of a lane go to the orchestrator, which has them run.
+
+    Args:
+        retry: Which failures it tries again.
+        queue_timeout_s: How long each attempt may wait for a worker; 0 for ever.
+        terms: Of calls in the outbox that have any.
+    """
+
+    retry: RetryPolicy | None
+    queue_timeout_s: float
+    terms: dict[int, Terms] = field(default_factory=dict)
 
 
 class Record(Protocol):
@@ -78,6 +109,7 @@ class Lane:
         exchange: What they go through; ``""`` straight to the queue.
         queue_timeout_s: How long a call may wait for a worker; 0 for ever.
         gate: A limit of its own on calls on their way.
+        keeping: For calls that need time; None for those that go to a worker's queue.
     """
 
     queue: QueueSpec
@@ -87,6 +119,7 @@ class Lane:
     exchange: str = ""
     queue_timeout_s: float = 0.0
     gate: Gate | None = None
+    keeping: Keeping | None = None
     outbox: deque[Call] = field(default_factory=deque)
     born: deque[float] = field(default_factory=deque)
     busy: bool = False

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from numbers import Real
-from typing import Any, TypedDict
+from time import time
+from typing import Any, Final, TypedDict
 
 from flame.calls import CallOptions
+from flame.lanes import Terms
 from flame.packaging import target_name
+from flame.retry import Retry
 from flame_broker.errors import ConfigError, FlameError
 from flame_broker.messages import Priority
 from flame_broker.resources import ResourceRequirement
 from flame_broker.topology import DEFAULT_POOL, check_pool
 
-__all__ = ["ServiceOptions", "check_callable", "make_options", "seconds"]
+__all__ = ["ServiceOptions", "check_callable", "make_options", "make_terms", "seconds"]
+
+_KEY_CHARACTERS: Final = 500
 
 
 class ServiceOptions(TypedDict, total=False):
@@ -25,7 +30,7 @@ class ServiceOptions(TypedDict, total=False):
     autoscale: bool | None
     warmup: int
     resreq: ResourceRequirement | str | None
-    retry: object
+    retry: Retry | None
     timeout: float | timedelta | None
     queue_timeout: float | timedelta | None
     priority: str
@@ -66,7 +71,7 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
     """Check the options of a service.
 
     Raises:
-        ConfigError: An option needs an orchestrator, which is not there yet.
+        ConfigError: An option that is not there yet, or two that do not go together.
         ResourceError: ``resreq`` makes no sense.
         TypeError: There is no such option, or its value is of a wrong type.
         ValueError: An option has a value that it cannot have.
@@ -75,7 +80,8 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
     if unknown:
         names = ", ".join(sorted(ServiceOptions.__optional_keys__))
         raise TypeError(f"unknown option {min(unknown)!r}: expected one of {names}")
-    _refuse_what_needs_time(given)
+    retry = _retry(given.get("retry"))
+    _check_delivery(given.get("delivery", "at_least_once"))
     warmup: object = given.get("warmup", 0)
     if not isinstance(warmup, int) or warmup < 0:
         raise ValueError(f"warmup={warmup!r}: expected 0 or more, as an integer")
@@ -84,6 +90,11 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
             "stateful=True is for instances, which are not served yet: calls share no state"
         )
     autoscale = _switch("autoscale", given.get("autoscale"))
+    if retry is not None and autoscale is False:
+        raise ConfigError(
+            "autoscale=False counts the calls that this client has on their way, and those with "
+            "retry= are kept by the orchestrator: leave one of the two out"
+        )
     return CallOptions(
         label=target_name(obj).rpartition(":")[2].rpartition(".")[2],
         resources=_resource_class(given.get("resreq")),
@@ -94,17 +105,51 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
         echo=echo,
         limit=max(1, warmup) if autoscale is False else None,
         track=bool(given.get("track", True)),
+        retry=retry,
+        kept=retry is not None,
     )
 
 
-def _refuse_what_needs_time(given: ServiceOptions) -> None:
-    if given.get("retry") is not None:
-        raise ConfigError("retry= needs the orchestrator, which this version does not have yet")
-    delivery = given.get("delivery", "at_least_once")
-    if delivery == "at_most_once":
-        raise ConfigError(
-            "delivery='at_most_once' needs the orchestrator, which this version does not have yet"
+def make_terms(not_before: datetime | timedelta | float | None, key: str) -> Terms:
+    """Check what one call asks of the orchestrator.
+
+    Raises:
+        TypeError: It is no time, or no key.
+        ValueError: A time without its zone, or one that cannot be.
+    """
+    if not isinstance(key, str):
+        raise TypeError(f"key={key!r}: expected text")
+    if len(key) > _KEY_CHARACTERS:
+        raise ValueError(f"key={key[:20]!r}…: expected at most {_KEY_CHARACTERS} characters")
+    if not_before is None:
+        return Terms(0.0, key)
+    if isinstance(not_before, datetime):
+        if not_before.tzinfo is None:
+            raise ValueError(
+                f"not_before={not_before!r}: a time needs its zone, as in "
+                "datetime.now(UTC) + timedelta(hours=1); workers may be elsewhere"
+            )
+        return Terms(max(0.0, not_before.timestamp()), key)
+    delay_s = _as_seconds(not_before)
+    if delay_s is None:
+        raise TypeError(
+            f"not_before={not_before!r}: expected a datetime with its zone, or from now on a "
+            "timedelta or seconds"
         )
+    if not 0 <= delay_s < float("inf"):
+        raise ValueError(f"not_before={not_before}: expected 0 seconds or more from now on")
+    return Terms(time() + delay_s, key)
+
+
+def _retry(value: object) -> Retry | None:
+    if value is not None and not isinstance(value, Retry):
+        raise TypeError(f"retry={value!r}: expected flame.Retry(attempts=3, …), or None")
+    return value
+
+
+def _check_delivery(delivery: object) -> None:
+    if delivery == "at_most_once":
+        raise ConfigError("delivery='at_most_once' is not there yet in this version")
     if delivery != "at_least_once":
         raise ValueError(f"delivery={delivery!r}: expected 'at_least_once' or 'at_most_once'")
 

@@ -120,9 +120,11 @@ class Replies:
                 record.gate.inside -= 1
             record.settle(outcome)
         self.last_result_s = monotonic()
-        if frame.seconds and record is not None and record.lane is not None:
-            record.lane.learn(len(frame.results), frame.seconds)
-        self._pending.window.settled(settled, self.last_result_s)
+        lane = None if record is None else record.lane
+        if frame.seconds and lane is not None:
+            lane.learn(len(frame.results), frame.seconds)
+        if lane is None or lane.keeping is None:  # what is kept takes no room in the window
+            self._pending.window.settled(settled, self.last_result_s)
         self._unblock()
 
     def _follow(self, result: Result) -> Result | None:

@@ -11,6 +11,7 @@ from flame.client import default_client
 from flame.options import ServiceOptions, check_callable, make_options
 from flame.packaging import pack_target
 from flame.progress import watch
+from flame.retry import Retry
 from flame.service import RunnerService
 from flame_broker.errors import ConfigError, FlameError
 
@@ -84,7 +85,7 @@ class Runner:
         warmup: int = 0,
         resreq: ResourceRequirement | str | None = None,
         *,
-        retry: object = None,
+        retry: Retry | None = None,
         timeout: float | timedelta | None = None,
         queue_timeout: float | timedelta | None = None,
         priority: str = "normal",
@@ -102,12 +103,12 @@ class Runner:
             autoscale: False runs at most ``warmup`` calls (or one) at a time.
             warmup: How many calls at a time with ``autoscale=False``; else the cluster decides.
             resreq: What a call reserves, such as ``"cpu=2,mem=4g,gpu=1"``.
-            retry: Needs the orchestrator; not there yet.
+            retry: Which failures are tried again, how often and when; needs an orchestrator.
             timeout: How long a call may run: seconds or a ``timedelta``.
             queue_timeout: How long a call may wait for a worker.
             priority: ``high``, ``normal`` or ``low``.
             pool: Whose workers.
-            delivery: ``at_least_once``; ``at_most_once`` needs the orchestrator.
+            delivery: ``at_least_once``; ``at_most_once`` is not there yet.
             track: Keep a record of the calls, where an orchestrator does so.
 
         Raises:

@@ -14,20 +14,21 @@ from time import time
 from typing import Final
 
 from flame.expiry import Expiry
-from flame.lanes import Lane, Pending, Record
+from flame.lanes import NO_TERMS, Lane, Pending, Record
 from flame_broker.errors import (
     CallExpired,
     ConfigError,
     FlameError,
+    NoOrchestrator,
     PayloadTooLarge,
     StoreError,
 )
 from flame_broker.frames import encode
 from flame_broker.keys import Key
 from flame_broker.logs import get_logger
-from flame_broker.messages import Call, CallFrame, ControlFrame, Plain, call_id
+from flame_broker.messages import Call, CallFrame, ControlFrame, Deposit, Plain, call_id
 from flame_broker.resources import DEFAULT_CLASS
-from flame_broker.topology import classes_queue, control_exchange
+from flame_broker.topology import classes_queue, control_exchange, custody_queue
 from flame_broker.transport import DEFAULT_DEADLINE_S, Transport, Unroutable
 
 __all__ = ["Sender"]
@@ -35,6 +36,11 @@ __all__ = ["Sender"]
 _FRAMES_A_TURN: Final = 16  # then replies get their turn
 
 _LOOK_EVERY_S: Final = 0.25
+_MOST_KEPT: Final = 1_000_000  # the orchestrator writes them to its database
+_NO_ORCHESTRATOR: Final = (
+    "retry=, not_before= and key= need an orchestrator, and none has ever run on this broker with "
+    "this key: start `flame-orchestrator` beside it (the embedded cluster has none yet)"
+)
 
 _log = get_logger("flame.client")
 
@@ -142,20 +148,23 @@ class Sender:
         """
         if not self._transport.capabilities.fanout:
             return
-        exchange = control_exchange(self._key.hex_id)
         arguments: dict[str, Plain] = {
             "client": owner or self._client_id,
             "counters": tuple(counters),
             "spare_running": spare_running,
         }
-        body = encode(ControlFrame(exchange, "cancel", arguments), self._key)
-        confirmed = self._transport.publish("", body, exchange=exchange, mandatory=False)
-        self._in_flight.add(confirmed)
-        confirmed.add_done_callback(self._control_sent)
+        exchange, custody = control_exchange(self._key.hex_id), custody_queue(self._key.hex_id).name
+        for place, key in ((exchange, ""), ("", custody)):
+            body = encode(ControlFrame(place or custody, "cancel", arguments), self._key)
+            # Where no orchestrator has ever run, there is no custody queue, and nothing is kept.
+            confirmed = self._transport.publish(key, body, exchange=place, mandatory=False)
+            self._in_flight.add(confirmed)
+            confirmed.add_done_callback(self._control_sent)
 
     def released(self, record: Record, calls: int = 1) -> None:
         """Give back the room that published calls took."""
-        self._pending.window.inside -= calls
+        if record.lane is None or record.lane.keeping is None:
+            self._pending.window.inside -= calls
         if record.gate is not None:
             record.gate.inside -= calls
 
@@ -192,14 +201,15 @@ class Sender:
     # ── frames ───────────────────────────────────────────────────────────────
 
     def _room(self, lane: Lane) -> int:
-        room = self._pending.window.room
+        room = _MOST_KEPT if lane.keeping is not None else self._pending.window.room
         return room if lane.gate is None else min(room, lane.gate.room)
 
     def _send_frame(self, lane: Lane) -> None:
         calls, expires_at = lane.take(self._room(lane), self._pending.records)
         if not calls:
             return
-        self._pending.window.inside += len(calls)
+        if lane.keeping is None:
+            self._pending.window.inside += len(calls)
         if lane.gate is not None:
             lane.gate.inside += len(calls)
         if expires_at and time() >= expires_at:
@@ -214,17 +224,36 @@ class Sender:
             expires_at=expires_at,
         )
         try:
-            body = encode(frame, self._key)
+            body = encode(self._addressed(lane, frame), self._key)
         except PayloadTooLarge as exc:  # one call with thousands of references
             self._fail(calls, exc)
         else:
-            self._publish(lane, calls, body, again=True)
+            self._publish(lane, calls, body, again=lane.keeping is None)
             if expires_at:
                 self.expiry.watch(lane, [call.counter for call in calls], expires_at)
 
+    def _addressed(self, lane: Lane, frame: CallFrame) -> CallFrame | Deposit:
+        """What is published of it: the frame itself, or a deposit with the orchestrator."""
+        keeping = lane.keeping
+        if keeping is None:
+            return frame
+        terms = [keeping.terms.pop(call.counter, NO_TERMS) for call in frame.calls]
+        return Deposit(
+            queue=custody_queue(self._key.hex_id).name,
+            frame=frame,
+            due=tuple([one.not_before for one in terms]),
+            keys=tuple([one.key for one in terms]),
+            retry=keeping.retry,
+            queue_timeout_s=keeping.queue_timeout_s,
+        )
+
     def _publish(self, lane: Lane, calls: list[Call], body: bytes, *, again: bool) -> None:
+        if lane.keeping is not None:
+            queue, exchange = custody_queue(self._key.hex_id).name, ""
+        else:
+            queue, exchange = lane.queue.name, lane.exchange
         confirmed = self._transport.publish(
-            lane.queue.name, body, exchange=lane.exchange, deadline_s=DEFAULT_DEADLINE_S
+            queue, body, exchange=exchange, deadline_s=DEFAULT_DEADLINE_S
         )
         self._in_flight.add(confirmed)
         confirmed.add_done_callback(partial(self._confirmed, lane, calls, body, again))
@@ -243,6 +272,8 @@ class Sender:
             return
         if isinstance(exc, Unroutable) and again:
             self._keep(asyncio.ensure_future(self._send_again(lane, calls, body)))
+        elif isinstance(exc, Unroutable) and lane.keeping is not None:
+            self._fail(calls, NoOrchestrator(_NO_ORCHESTRATOR))
         else:
             self._fail(calls, exc)
 

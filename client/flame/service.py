@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
+from datetime import datetime, timedelta
+from functools import cached_property, partial
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from flame.calls import Caller, CallOptions
+from flame.lanes import Terms
 from flame.packaging import NOTHING, PackedTarget
-from flame_broker.errors import FlameError
+from flame_broker.errors import ConfigError, FlameError
 
 if TYPE_CHECKING:
     from flame.client import Client
@@ -32,6 +35,7 @@ class RunnerService(Generic[R]):
 
     def __init__(self, client: Client, packed: PackedTarget, options: CallOptions) -> None:
         self._caller = Caller(client, packed, options)
+        self._packed = packed
         self._options = options
         self._closed = False
 
@@ -53,6 +57,49 @@ class RunnerService(Generic[R]):
         if self._closed:
             raise self._is_closed()
         return self._caller.submit(args, kwargs)
+
+    def options(
+        self, *, not_before: datetime | timedelta | float | None = None, key: str = ""
+    ) -> Callable[..., ObjectFuture[R]]:
+        """The same service, with terms for the calls that are made by what this returns.
+
+        The orchestrator keeps such calls and has them run.
+
+        Args:
+            not_before: When a call may start: a ``datetime`` with its zone, or a ``timedelta`` or
+                seconds from now on.
+            key: What is to be done once: a second call with the same key does not run, its future
+                gets the outcome of the first. The key is free again when the history forgets it.
+
+        Raises:
+            ConfigError: The service has a limit of its own, ``autoscale=False``.
+            TypeError: It is no time, or no key.
+            ValueError: A time without its zone, or one that cannot be.
+
+        >>> nightly = service.options(not_before=timedelta(hours=8), key="report-2026-11-26")
+        >>> nightly("accounts.csv").get()
+        """
+        from flame.options import make_terms
+
+        terms = make_terms(not_before, key)
+        return partial(self._submit_kept, terms)
+
+    def _submit_kept(self, terms: Terms, /, *args: Any, **kwargs: Any) -> ObjectFuture[R]:
+        if self._closed:
+            raise self._is_closed()
+        return self._keeper.submit(args, kwargs, terms)
+
+    @cached_property
+    def _keeper(self) -> Caller:
+        """Makes the calls that the orchestrator keeps."""
+        if self._options.kept:
+            return self._caller
+        if self._options.limit is not None:
+            raise ConfigError(
+                f"{self.name} has autoscale=False, which counts the calls that this client has on "
+                "their way; those with options() are kept by the orchestrator"
+            )
+        return Caller(self._caller.client, self._packed, replace(self._options, kept=True))
 
     def map(
         self, iterable: Iterable[Any], *more: Iterable[Any], chunk: int | None = None
@@ -85,7 +132,7 @@ class RunnerService(Generic[R]):
             timeout: Seconds to wait; None for ever.
         """
         # Its own timeout is the one that counts.
-        options = replace(self._options, queue_timeout_s=0.0)
+        options = replace(self._options, queue_timeout_s=0.0, retry=None, kept=False)
         probe = Caller(self._caller.client, NOTHING, options)
         future = probe.submit((), {})
         if future.wait(timeout):

@@ -105,7 +105,9 @@ class Silence:
     def _waiting(self) -> Counter[str]:
         """How many published calls wait in each pool."""
         records = [*self._pending.records.values()]
-        return Counter(r.lane.pool for r in records if r.published and r.lane is not None)
+        lanes = (r.lane for r in records if r.published)
+        # What the orchestrator keeps may have days to wait.
+        return Counter(lane.pool for lane in lanes if lane is not None and lane.keeping is None)
 
 
 def _pool(facts: Mapping[str, object]) -> str:

@@ -56,6 +56,7 @@ COMMANDS: Final = {
     "show": Command("flame_cli.history:show", "Show all that is known of a call."),
     "result": Command("flame_cli.history:result", "Print or save what a call returned."),
     "wait": Command("flame_cli.history:wait", "Wait until calls have ended."),
+    "cancel": Command("flame_cli.history:cancel", "Cancel calls that wait or run."),
     "workers": Command("flame_cli.workers:app", "List, show and drain workers."),
     "queues": Command("flame_cli.queues:queues", "Show how much waits in the queues."),
     "doctor": Command("flame_cli.doctor:doctor", "Check broker, store, key, clocks and workers."),

@@ -1,4 +1,4 @@
-"""``flame ps``, ``show``, ``result`` and ``wait``: what became of calls."""
+"""``flame ps``, ``show``, ``result``, ``wait`` and ``cancel``: what becomes of calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flame_cli.tables import Column, show_record, show_table
 if TYPE_CHECKING:
     import flame
 
-__all__ = ["ps", "result", "show", "wait"]
+__all__ = ["cancel", "ps", "result", "show", "wait"]
 
 _COLUMNS: Final = (
     Column("id"),
@@ -31,7 +31,13 @@ _COLUMNS: Final = (
     Column("worker"),
     Column("reason"),
 )
-_TIMES: Final = {"queued_at": "queued", "ended_at": "ended", "expires_at": "expires"}
+_TIMES: Final = {
+    "queued_at": "queued",
+    "due_at": "due",
+    "ended_at": "ended",
+    "expires_at": "expires",
+}
+_CANCELLED: Final = (Column("id"), Column("label"), Column("was"), Column("cancelled"))
 _REASON_LENGTH: Final = 60
 
 CallId = Annotated[str, typer.Argument(metavar="ID", help="The call, as `flame ps` lists it.")]
@@ -41,7 +47,7 @@ def ps(
     state: Annotated[
         str,
         typer.Option(
-            help="Only queued, succeeded, failed, cancelled, expired or quarantined ones."
+            help="Only waiting, queued, succeeded, failed, cancelled, expired or quarantined ones."
         ),
     ] = "",
     label: Annotated[str, typer.Option(help="Only calls of the service with this name.")] = "",
@@ -140,6 +146,40 @@ def wait(
             f"{future.id} ({future.label}) did not succeed: flame show {future.id}", err=True
         )
     sys.exit(WORK_FAILED if failed else DONE)
+
+
+def cancel(
+    calls: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="Calls, as `flame ps` lists.")
+    ],
+    context: ContextName = None,
+    json: Json = False,
+) -> None:
+    """Cancel calls: those that wait never start, those that run are stopped.
+
+    The exit code is 1 if one of them had ended before.
+
+    \b
+    Example:
+      flame cancel "$(flame ps --state waiting --limit 1 | awk 'NR == 2 {print $1}')"
+    """
+    import flame
+
+    rows = []
+    with flame.connect(context=context) as client:
+        for call in calls:
+            future = flame.attach(_checked(call), client=client)
+            story = client.story(call) or {}
+            before = str(story.get("state", ""))
+            ended = story.get("ended_at") is not None or not future.cancel()
+            rows.append({"id": call, "label": future.label, "was": before, "cancelled": not ended})
+    if json:
+        show_table(rows, _CANCELLED, as_json=True, empty="")
+    else:
+        for row in rows:
+            what = "is cancelled" if row["cancelled"] else f"had ended before: {row['was']}"
+            typer.echo(f"{row['id']} ({row['label']}) {what}")
+    sys.exit(DONE if all(row["cancelled"] for row in rows) else WORK_FAILED)
 
 
 def _outcome(future: flame.ObjectFuture[Any], timeout_s: float | None) -> Any:

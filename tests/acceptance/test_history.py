@@ -47,12 +47,6 @@ time.sleep(60)
 """
 
 
-def flame_command(cluster: LabCluster, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [FLAME, *words], env=cluster.environ, capture_output=True, text=True, timeout=60
-    )
-
-
 def ledger_is_empty(cluster: LabCluster) -> bool:
     return cluster.depth(lambda key, _: ledger_queue(key)) == 0
 
@@ -78,44 +72,44 @@ def test_calls_of_a_killed_program_are_found_again_by_their_ids(
     ids = next(line for line in doomed.output().splitlines() if "-6" in line).split()
     doomed.kill()
 
-    listed = json.loads(flame_command(cluster, "ps", "--json").stdout)
+    listed = json.loads(cluster.command("ps", "--json").stdout)
     assert {call["id"] for call in listed} == {*ids}
     assert {call["state"] for call in listed} == {"succeeded", "failed", "queued"}
-    (failed,) = json.loads(flame_command(cluster, "ps", "--state", "failed", "--json").stdout)
+    (failed,) = json.loads(cluster.command("ps", "--state", "failed", "--json").stdout)
     assert (failed["id"], failed["error"]) == (ids[3], "ValueError")
-    plain = flame_command(cluster, "ps").stdout
+    plain = cluster.command("ps").stdout
     assert plain.splitlines()[0].split()[:3] == ["ID", "LABEL", "STATE"]
-    shown = flame_command(cluster, "show", ids[3]).stdout
+    shown = cluster.command("show", ids[3]).stdout
     assert "three is wrong" in shown
 
-    assert flame_command(cluster, "result", ids[4]).stdout == "40\n"
-    raised = flame_command(cluster, "result", ids[3])
+    assert cluster.command("result", ids[4]).stdout == "40\n"
+    raised = cluster.command("result", ids[3])
     assert raised.returncode == 1
     assert "three is wrong" in raised.stderr
 
-    late = flame_command(cluster, "wait", ids[5], "--timeout", "0.5")
+    late = cluster.command("wait", ids[5], "--timeout", "0.5")
     assert late.returncode == 1
     assert "has not ended" in late.stderr
     gate.touch()
-    assert flame_command(cluster, "wait", ids[0], ids[5], "--timeout", "30").returncode == 0
-    assert flame_command(cluster, "wait", ids[3]).returncode == 1
+    assert cluster.command("wait", ids[0], ids[5], "--timeout", "30").returncode == 0
+    assert cluster.command("wait", ids[3]).returncode == 1
     saved = tmp_path / "result"
-    assert flame_command(cluster, "result", ids[5], "-o", str(saved)).returncode == 0
+    assert cluster.command("result", ids[5], "-o", str(saved)).returncode == 0
     assert saved.read_text() == "at last"
 
 
 def test_what_is_asked_wrongly_or_of_nobody_gets_a_clear_answer(cluster: LabCluster) -> None:
     for words in (["ps"], ["show", "abc-1"], ["result", "abc-1"]):
-        alone = flame_command(cluster, *words)
+        alone = cluster.command(*words)
         assert alone.returncode == 1
         assert "start one" in alone.stderr
         assert "Traceback" not in alone.stderr
     cluster.orchestrator()
-    assert flame_command(cluster, "show", "nonsense").returncode == 2
-    unknown = flame_command(cluster, "result", "abc-1")
+    assert cluster.command("show", "nonsense").returncode == 2
+    unknown = cluster.command("result", "abc-1")
     assert unknown.returncode == 1
     assert "the history knows no call abc-1" in unknown.stderr
-    wrong = flame_command(cluster, "ps", "--state", "sleeping")
+    wrong = cluster.command("ps", "--state", "sleeping")
     assert wrong.returncode == 1
     assert "sleeping" in wrong.stderr
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import secrets
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,6 +97,12 @@ class LabCluster:
         )
         assert started.running, started.output()
         return started
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run the ``flame`` command as a user of this cluster would."""
+        return subprocess.run(
+            [_BIN / "flame", *words], env=self.environ, capture_output=True, text=True, timeout=60
+        )
 
     def client(self, broker_url: str = "") -> flame.Client:
         """Connect as a user's program would."""

@@ -10,7 +10,13 @@ import pytest
 
 from flame_broker.frames import open_frame
 from flame_broker.messages import Event, EventFrame, EventKind, ResultFrame
-from flame_broker.topology import ledger_queue, logs_exchange, logs_queue, reply_queue
+from flame_broker.topology import (
+    custody_queue,
+    ledger_queue,
+    logs_exchange,
+    logs_queue,
+    reply_queue,
+)
 from flame_broker.transport import Delivery
 from flame_worker import outbox
 from lab.bench import KEYRING, bench, frame_of
@@ -121,3 +127,20 @@ async def test_while_the_broker_lets_nothing_leave_slots_go_on_and_nothing_is_ha
         blocked[0] = False
         await lab.settled(39)
         assert lab.slots[0].started == [*range(1, 40)]
+
+
+async def test_results_of_two_clients_or_attempts_never_share_a_frame(tmp_path: Path) -> None:
+    async with bench(tmp_path, slots=3) as lab:
+        reply = custody_queue(KEY.hex_id).name
+        await lab.broker.declare(custody_queue(KEY.hex_id))
+        took: list[Delivery] = []
+        await lab.broker.consume(reply, took.append, prefetch=0)
+        for circumstances in ({}, {"attempt": 2}, {"client": "c1"}):
+            await lab.submit(frame_of([1], reply=reply, **circumstances))
+        await eventually(lambda: all(slot.batches for slot in lab.slots), 5)
+        for slot in lab.slots:
+            slot.finish()
+        await eventually(lambda: len(took) == 3, 5)
+        frames = [open_frame(d.body, KEYRING, queue=d.queue).frame for d in took]
+        found = {(f.client, f.attempt) for f in frames if isinstance(f, ResultFrame)}
+        assert found == {("c0", 1), ("c0", 2), ("c1", 1)}

@@ -19,6 +19,7 @@ PUBLIC = {
     "ObjectFuture",
     "ObjectRef",
     "ResourceRequirement",
+    "Retry",
     "Runnable",
     "Runner",
     "RunnerService",

@@ -111,8 +111,8 @@ def test_workers_answer_the_client(client: flame.Client) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"retry": 3}, ConfigError, "orchestrator"),
-        ({"delivery": "at_most_once"}, ConfigError, "orchestrator"),
+        ({"retry": 3}, TypeError, "flame.Retry"),
+        ({"delivery": "at_most_once"}, ConfigError, "not there yet"),
         ({"delivery": "twice"}, ValueError, "at_least_once"),
         ({"warmup": -1}, ValueError, "warmup"),
         ({"stateful": True}, ValueError, "stateful"),

@@ -40,6 +40,7 @@ _OK: Final = int(Status.OK)
 _ERROR: Final = int(Status.ERROR)
 _FAILED: Final = int(Status.FAILED)
 _ITEM: Final = int(Status.ITEM)
+_AGAIN: Final = int(Status.AGAIN)
 _NONE: Final = encode_value(None).join()
 _READ_BYTES: Final = 1024 * 1024
 
@@ -59,7 +60,7 @@ class ChildSettings(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What the calls of a chunk share: a target, a limit, and whose calls they are."""
+    """What the calls of a chunk share: a target, limits, and whose calls they are."""
 
     name: str
     sha256: str
@@ -68,6 +69,8 @@ class Task(NamedTuple):
     timeout_s: float
     client: str
     attempt: int
+    retry_on: list[str]
+    exit_codes: list[int]
 
 
 class CallLoop:
@@ -230,8 +233,9 @@ class CallLoop:
             return _FAILED, encode_failure(OutOfMemory, self._memory_message()), None
         trace = exc.__traceback__
         exc = exc.with_traceback(trace and trace.tb_next)  # without our own frame
+        status = _AGAIN if self._task is not None and _may_come_again(exc, self._task) else _ERROR
         try:
-            return _ERROR, encode_error(exc), None
+            return status, encode_error(exc), None
         except (RecursionError, MemoryError):
             return _FAILED, encode_failure(RemoteError, f"{type(exc)} without a description"), None
 
@@ -300,6 +304,16 @@ class _Broken:
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise self._reason.with_traceback(None)
+
+
+def _may_come_again(exc: BaseException, task: Task) -> bool:
+    """Whether the retry policy names it, or what it is one of."""
+    if isinstance(exc, SystemExit) and exc.code in task.exit_codes:
+        return True
+    if not task.retry_on:
+        return False
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(exc).__mro__}
+    return not names.isdisjoint(task.retry_on)
 
 
 def _target_name(task: Task) -> TargetName:

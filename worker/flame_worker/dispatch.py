@@ -322,7 +322,8 @@ class Dispatcher:
         frame = holding.frame
         given = _Given(holding, len(calls), len(calls), _now())
         self.pool.grant(frame.spec.resources)
-        slot.give(Batch(frame.spec, frame.client, calls, holding.target_path, given))
+        batch = Batch(frame.spec, frame.client, calls, holding.target_path, given, frame.attempt)
+        slot.give(batch)
         work_s = self._pace.foresee_s(frame.spec.target, len(calls), LEAD_S / 2)
         if work_s is not None and work_s > LEAD_S:
             given.until = given.at + work_s

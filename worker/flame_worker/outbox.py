@@ -48,9 +48,13 @@ _EVENTS_SIZE: Final = 256 * 1024
 """Characters of telemetry that are not held back: a frame of all of them is far below its limit."""
 
 
+_Address = tuple[str, str, int, Target]
+"""Reply queue, client, attempt and target: the custodian's queue is one for all clients."""
+
+
 @dataclass(slots=True, eq=False)
 class _Parcel:
-    """Results of one target for one reply queue that wait to be sent together."""
+    """Results that wait to be sent together: a frame has one of each part of an address."""
 
     holding: Holding
     results: list[Result] = field(default_factory=list)
@@ -70,7 +74,7 @@ class Outbox:
     def __init__(self, transport: Transport, worker: str) -> None:
         self._transport = transport
         self._worker = worker
-        self._parcels: dict[tuple[str, Target], _Parcel] = {}
+        self._parcels: dict[_Address, _Parcel] = {}
         self._events: dict[tuple[Key, str, str], list[Event]] = {}
         self._events_size = 0
         self._in_flight: set[asyncio.Future[None]] = set()
@@ -107,7 +111,8 @@ class Outbox:
             results: The results.
             seconds: What the child spent on them together, if that was measured.
         """
-        address = holding.frame.reply, holding.frame.spec.target
+        frame = holding.frame
+        address = frame.reply, frame.client, frame.attempt, frame.spec.target
         parcel = self._parcels.get(address)
         if parcel is None:
             parcel = self._parcels[address] = _Parcel(holding)

@@ -271,9 +271,9 @@ def _head(batch: Batch) -> tuple[object, ...]:
     """What the calls of a chunk share, as ``child.Task`` takes it."""
     spec, target = batch.spec, batch.spec.target
     path = "" if batch.target_path is None else str(batch.target_path)
-    timeout_s = float(spec.timeout_s)
     return (
-        target.name, target.sha256, target.python, path, timeout_s, batch.client, batch.attempt
+        target.name, target.sha256, target.python, path, float(spec.timeout_s),
+        batch.client, batch.attempt, spec.retry_on, spec.exit_codes,
     )  # fmt: skip
 
 

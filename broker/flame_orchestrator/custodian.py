@@ -1,0 +1,275 @@
+"""The custodian of one cluster key: takes what needs time, and has it run when it is due.
+
+Every orchestrator consumes the custody queue, and the broker lets one of them have its messages
+(single active consumer). That one leads: it takes the next epoch in the database, which fences
+whoever led before. Each sends a tick every two seconds, so that a new leader hears of it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
+from functools import partial
+from time import time
+from typing import Final, Protocol, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from flame_broker.backoff import Backoff
+from flame_broker.errors import FlameError
+from flame_broker.frames import encode, identity, open_frame
+from flame_broker.keys import Key, Keyring
+from flame_broker.logs import get_logger
+from flame_broker.messages import ControlFrame, Deposit, ResultFrame
+from flame_broker.topology import custody_queue, tracked, work_queue
+from flame_broker.transport import Delivery, Transport, Unroutable
+from flame_orchestrator.custody import Custody, Due, Fenced, Letter
+
+__all__ = ["Custodian"]
+
+_log = get_logger("flame.orchestrator")
+
+T = TypeVar("T")
+
+_AHEAD: Final = 500
+_MOST: Final = 500
+_TICK_EVERY_S: Final = 2.0
+_SILENT_S: Final = 10.0
+_LOOK_EVERY_S: Final = 5.0
+"""A clock that jumps must not leave a timer asleep: so often the database is asked anyway."""
+
+
+class _InThread(Protocol):
+    """Runs blocking work in the one thread that writes."""
+
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+class Custodian:
+    """Keeps the calls of one cluster key while it leads. ``start``, then ``stop``; in one loop.
+
+    A letter is acked when what it means is in the database, and its client is told.
+
+    Args:
+        transport: Where letters come from and calls go to.
+        keyring: Whose signatures count.
+        key: The cluster key.
+        custody: What is decided.
+        in_thread: Where that blocks.
+        tell: Hears which calls have ended, by client.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        keyring: Keyring,
+        key: Key,
+        custody: Custody,
+        in_thread: _InThread,
+        tell: Callable[[Mapping[str, set[int]]], None],
+    ) -> None:
+        self._transport = transport
+        self._keyring = keyring
+        self._key = key
+        self._custody = custody
+        self._in_thread = in_thread
+        self._tell = tell
+        self._queue = custody_queue(key.hex_id)
+        self._holder = f"{socket.gethostname()}:{os.getpid()}"
+        self._epoch: int | None = None
+        self._heard_at = self._stepped_down_at = 0.0
+        self._inbox: deque[Delivery] = deque()
+        self._arrived = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            BrokerUnavailable: No broker answered in time.
+        """
+        await self._transport.declare(self._queue)
+        for work in (self._take_letters(), self._keep_time(), self._tick()):
+            self._spawn(work)
+        await self._transport.consume(self._queue.name, self._on_letter, prefetch=_AHEAD)
+
+    async def stop(self) -> None:
+        """Leave; what is not acked comes again, here or to the next leader."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "the custodian has stopped", "exception": fault}
+            )
+
+    # ── who leads ────────────────────────────────────────────────────────────
+
+    async def _tick(self) -> None:
+        """Let whoever leads know it; notice that nobody lets us any more."""
+        name = self._queue.name
+        while True:
+            body = encode(ControlFrame(name, "tick", {"holder": self._holder}), self._key)
+            try:
+                await self._transport.publish(name, body, deadline_s=_TICK_EVERY_S)
+            except Unroutable:
+                await self._declare_again()
+            except FlameError as problem:
+                _log.debug("custody.no_tick", reason=str(problem))
+            await asyncio.sleep(_TICK_EVERY_S)
+            silent_s = asyncio.get_running_loop().time() - self._heard_at
+            if self._epoch is not None and silent_s > _SILENT_S:
+                self._step_down(f"nothing was heard for {silent_s:.0f} s")
+
+    async def _declare_again(self) -> None:
+        try:
+            await self._transport.declare(self._queue)
+        except FlameError as problem:
+            _log.warning("custody.not_declared", reason=str(problem))
+
+    async def _lead(self) -> int:
+        """Our epoch; we are the one whom the broker gives letters."""
+        if self._epoch is None:
+            self._epoch = await self._in_thread(partial(self._custody.lead, self._holder))
+            _log.info("custody.leads", key=self._key.hex_id, epoch=self._epoch)
+            self._changed.set()
+        return self._epoch
+
+    def _step_down(self, reason: str) -> None:
+        """Act no more until a letter arrives: then the broker has chosen us again."""
+        _log.warning("custody.steps_down", key=self._key.hex_id, reason=reason)
+        self._epoch = None
+        self._stepped_down_at = asyncio.get_running_loop().time()
+
+    @property
+    def _chosen(self) -> bool:
+        """Whether the broker gives us letters: the rest of an old connection proves nothing."""
+        return self._epoch is not None or self._heard_at > self._stepped_down_at
+
+    # ── letters ──────────────────────────────────────────────────────────────
+
+    def _on_letter(self, delivery: Delivery) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        self._inbox.append(delivery)
+        self._arrived.set()
+
+    async def _take_letters(self) -> None:
+        backoff = Backoff()
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._inbox and self._chosen:
+                taken = [self._inbox.popleft() for _ in range(min(_MOST, len(self._inbox)))]
+                try:
+                    await self._take(taken)
+                except Fenced as news:
+                    self._inbox.extendleft(reversed(taken))
+                    self._step_down(str(news))
+                except (SQLAlchemyError, FlameError) as problem:
+                    _log.warning("custody.not_taken", reason=str(problem), remedy="it tries again")
+                    self._inbox.extendleft(reversed(taken))
+                    await asyncio.sleep(backoff.next_s())
+                else:
+                    backoff.reset()
+
+    async def _take(self, taken: list[Delivery]) -> None:
+        epoch = await self._lead()
+        letters = [letter for d in taken if (letter := self._read(d)) is not None]
+        if letters:
+            news = await self._in_thread(partial(self._custody.record, epoch, letters))
+            _log.debug("custody.took", letters=len(letters), results=len(news.results))
+            self._tell(news.ended)
+            self._changed.set()
+            await asyncio.gather(*map(self._send, news.results))
+        for delivery in taken:
+            delivery.ack()
+
+    def _read(self, delivery: Delivery) -> Letter | None:
+        """What the letter says; None for a tick, and for what is no letter."""
+        try:
+            frame, _ = open_frame(delivery.body, self._keyring, queue=delivery.queue)
+        except FlameError as problem:
+            _log.warning("custody.refused", reason=str(problem))
+            return None
+        if isinstance(frame, ControlFrame) and frame.verb != "cancel":
+            return None
+        if isinstance(frame, Deposit | ResultFrame | ControlFrame):
+            return Letter(frame, identity(delivery.body))
+        _log.warning("custody.refused", reason="calls that nobody has deposited")
+        return None
+
+    async def _send(self, frame: ResultFrame) -> None:
+        try:
+            await self._transport.publish(frame.queue, encode(frame, self._key))
+        except Unroutable:
+            # Its client is gone, or asks for it when it is back: the ledger has it.
+            _log.info("reply_queue.gone", queue=frame.queue, remedy="the result is in the ledger")
+
+    # ── time ─────────────────────────────────────────────────────────────────
+
+    async def _keep_time(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                pause_s = await self._start_due()
+            except Fenced as news:
+                self._step_down(str(news))
+                pause_s = _LOOK_EVERY_S
+            except (SQLAlchemyError, FlameError) as problem:
+                _log.warning("custody.not_started", reason=str(problem), remedy="it tries again")
+                pause_s = backoff.next_s()
+            else:
+                backoff.reset()
+            await self._pause(pause_s)
+
+    async def _pause(self, pause_s: float) -> None:
+        """Until then, or until there is something new."""
+        try:
+            async with asyncio.timeout(pause_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+        self._changed.clear()
+
+    async def _start_due(self) -> float:
+        """Queue what is due; the seconds until something may be due again."""
+        epoch = self._epoch
+        if epoch is None:
+            return _LOOK_EVERY_S
+        calls = await self._in_thread(partial(self._custody.due, time(), _MOST))
+        if calls:
+            await asyncio.gather(*map(self._queue_call, calls))
+            await self._in_thread(partial(self._custody.queued, epoch, calls))
+            _log.debug("custody.queued", calls=len(calls))
+            return 0.0
+        next_at = await self._in_thread(self._custody.next_due)
+        return _LOOK_EVERY_S if next_at is None else min(max(next_at - time(), 0), _LOOK_EVERY_S)
+
+    async def _queue_call(self, call: Due) -> None:
+        """Publish one attempt: its results come back to us, who tell the client."""
+        frame = replace(
+            call.frame,
+            reply=self._queue.name,
+            spec=replace(call.frame.spec, track=False),
+            attempt=call.attempt,
+            expires_at=time() + call.queue_timeout_s if call.queue_timeout_s else 0.0,
+        )
+        body = encode(frame, self._key)
+        try:
+            await self._transport.publish(frame.queue, body)
+        except Unroutable:
+            await self._transport.declare(tracked(work_queue(frame.queue), self._key.hex_id))
+            await self._transport.publish(frame.queue, body)
