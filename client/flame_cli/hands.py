@@ -9,6 +9,7 @@ worse: RabbitMQ 4 puts what was rejected to the end of the queue.
 from __future__ import annotations
 
 import asyncio
+from time import perf_counter
 from types import TracebackType
 from typing import Final, Self
 
@@ -19,12 +20,16 @@ from flame_cli.aside import Shelf
 
 __all__ = ["MOST", "Hands", "Pile"]
 
-MOST: Final = 65_535
-"""So many messages of a queue can be in hand: AMQP counts a consumer's credit in 16 bits."""
+MOST: Final = 10_000
+"""So many messages of a queue are taken in hand at most; RabbitMQ 3.10 needs seconds to put back
+more, and AMQP can ask for 65,535."""
 
 _QUIET_S: Final = 5.0
-_BACK_S: Final = 2.0
-_LOOK_EVERY_S: Final = 0.01
+_BACK_S: Final = 5.0
+_LOOK_EVERY_S: Final = 0.02
+# RabbitMQ says that a quorum queue is empty which leaves its question unanswered for 250 ms.
+_NO_ANSWER_S: Final = 0.2
+_QUESTIONS: Final = 5
 
 
 class Pile:
@@ -109,7 +114,12 @@ class Hands:
 
     async def depth(self, shelf: Shelf) -> int:
         """How many messages lie on a shelf; 0 if there is no such queue."""
-        return await self.desk.depth(shelf.queue) or 0
+        for _ in range(_QUESTIONS):
+            asked_s = perf_counter()
+            depth = await self.desk.depth(shelf.queue)
+            if depth != 0 or perf_counter() - asked_s < _NO_ANSWER_S:
+                break
+        return depth or 0
 
     async def reach(self, shelf: Shelf, credit: int) -> Pile:
         """Take up to ``credit`` messages in hand, the oldest first; once for each shelf.

@@ -48,6 +48,7 @@ class Survey:
             words: Ids, or how they begin.
         """
         choice = Choice()
+        chosen: set[str] = set()
         for word in dict.fromkeys(words):
             found = self._beginning(word.lower())
             digests = sorted({aside.digest for aside in found})
@@ -56,8 +57,9 @@ class Survey:
             elif len(digests) > 1:
                 ids = ", ".join(digest[: len(word) + 6] for digest in digests)
                 choice.problems[word] = f"{word} is the beginning of several ids: {ids}"
-            else:
-                choice.asides.extend(one for one in found if one not in choice.asides)
+            elif not chosen.issuperset(digests):
+                chosen.update(digests)
+                choice.asides.extend(found)
         return choice
 
     def _beginning(self, word: str) -> list[Aside]:

@@ -34,7 +34,7 @@ from flame_broker.topology import (
 )
 from flame_broker.transport import QueueSpec
 from flame_cli.aside import Fate, Shelf
-from flame_cli.hands import Hands
+from flame_cli.hands import Hands, Pile
 from lab import Process, RabbitNode
 from lab.cluster import LabCluster, LabWorker
 from lab.hostile import collect, publish
@@ -300,6 +300,11 @@ def test_a_command_that_is_killed_with_everything_in_hand_loses_nothing(
     assert taken(cluster, spec, 100) == bodies
 
 
+async def all_of(pile: Pile) -> None:
+    while await pile.next() is not None:
+        pass
+
+
 async def test_when_the_connection_is_lost_nothing_in_hand_counts_any_more(
     cluster: LabCluster, rabbit: RabbitNode
 ) -> None:
@@ -313,8 +318,7 @@ async def test_when_the_connection_is_lost_nothing_in_hand_counts_any_more(
         drop = partial(drop_connection, rabbit, "consumer", of="flame-dead in hand")
         assert await asyncio.to_thread(drop, url=cluster.broker_url) == 1
         with pytest.raises(BrokerUnavailable, match="the connection to the broker was lost"):
-            while await pile.next() is not None:
-                pass
+            await all_of(pile)
         with pytest.raises(BrokerUnavailable, match="still set aside"):
             pile.take_off(held)
 
