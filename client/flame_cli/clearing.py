@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import asyncio
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -13,11 +14,12 @@ from flame_broker.messages import CallFrame
 from flame_broker.transport import Delivery
 from flame_cli.aside import Aside, Shelf, digest_of
 from flame_cli.hands import Hands, Pile
-from flame_cli.replay import Edits, Replayer, renewed
+from flame_cli.replay import Edits, Replayer, in_time, renewed
 
 __all__ = ["Done", "drop", "replay"]
 
 _AHEAD: Final = 256
+_AT_ONCE: Final = 64
 
 Done = Callable[[Aside, str], None]
 """Told of each message that is dealt with: to which queue it went, or ``""``."""
@@ -27,6 +29,11 @@ class _Held(NamedTuple):
     aside: Aside
     pile: Pile
     delivery: Delivery
+
+
+class _Sent(NamedTuple):
+    queue: str
+    confirmed: asyncio.Future[None]
 
 
 async def drop(url: str, chosen: Sequence[Aside], done: Done) -> None:
@@ -69,22 +76,37 @@ async def replay(
     Raises:
         BrokerUnavailable: No broker answered, or the connection was lost; the rest is still there.
     """
-    sent: dict[str, str] = {}
+    sent: dict[str, _Sent] = {}
+    waiting: deque[tuple[_Held, _Sent]] = deque()
+
+    async def settle() -> None:
+        held, copy = waiting.popleft()
+        await in_time(copy.confirmed)
+        held.pile.take_off(held.delivery)
+        done(held.aside, copy.queue)
+
     async with Hands(url) as hands:
         replayer = Replayer(hands.desk)
-        async for aside, pile, delivery in _held(hands, chosen):
-            if aside.digest not in sent:
-                frame, key = open_frame(delivery.body, keyring)
-                assert isinstance(frame, CallFrame)  # the survey saw the same bytes
-                fresh = renewed(frame, aside.shelf, edits)
+        async for held in _held(hands, chosen):
+            digest = held.aside.digest
+            if digest not in sent:
                 try:
-                    await replayer.send(fresh, aside.shelf, key)
+                    sent[digest] = await _send(replayer, held, keyring, edits)
                 except PayloadTooLarge as problem:
-                    refused(aside, str(problem))
+                    refused(held.aside, str(problem))
                     continue
-                sent[aside.digest] = fresh.queue
-            pile.take_off(delivery)
-            done(aside, sent[aside.digest])
+            waiting.append((held, sent[digest]))
+            if len(waiting) == _AT_ONCE:
+                await settle()
+        while waiting:
+            await settle()
+
+
+async def _send(replayer: Replayer, held: _Held, keyring: Keyring, edits: Edits) -> _Sent:
+    frame, key = open_frame(held.delivery.body, keyring)
+    assert isinstance(frame, CallFrame)  # the survey saw the same bytes
+    fresh = renewed(frame, held.aside.shelf, edits)
+    return _Sent(fresh.queue, await replayer.send(fresh, held.aside.shelf, key))
 
 
 async def _held(hands: Hands, chosen: Sequence[Aside]) -> AsyncIterator[_Held]:

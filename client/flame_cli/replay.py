@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from time import time
 from typing import Final, Self
@@ -16,7 +17,7 @@ from flame_broker.topology import calls_exchange, calls_queue, classes_queue, tr
 from flame_broker.transport import QueueSpec, Transport
 from flame_cli.aside import Fate, Shelf
 
-__all__ = ["Edits", "Replayer", "renewed"]
+__all__ = ["Edits", "Replayer", "in_time", "renewed"]
 
 _PATIENCE_S: Final = 10.0
 
@@ -113,6 +114,28 @@ def _memory(text: str) -> int:
     return ResourceRequirement.from_string(f"mem={text}").mem_bytes
 
 
+async def in_time(work: Awaitable[None]) -> None:
+    """Wait for the broker, but not for the end of an alarm.
+
+    Raises:
+        BrokerUnavailable: It took longer than 10 s; a message may have arrived all the same.
+    """
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            await work
+    except TimeoutError as exc:
+        raise BrokerUnavailable(
+            f"the broker is connected and confirmed nothing within {_PATIENCE_S:g} s; a memory or "
+            "disk alarm does that, its log and its management page tell"
+        ) from exc
+
+
+def _see(confirmed: asyncio.Future[None]) -> None:
+    """Ask for the outcome: where an earlier one fails, nobody waits for it."""
+    if not confirmed.cancelled():
+        confirmed.exception()
+
+
 class Replayer:
     """Publishes frames of calls, and makes the queues that they need.
 
@@ -124,8 +147,8 @@ class Replayer:
         self._transport = transport
         self._made: set[str] = set()
 
-    async def send(self, frame: CallFrame, shelf: Shelf, key: Key) -> None:
-        """Publish and wait for the confirm.
+    async def send(self, frame: CallFrame, shelf: Shelf, key: Key) -> asyncio.Future[None]:
+        """Publish; the future is done when the broker has confirmed.
 
         The ledger knows quarantined calls, so those go past it. What was parked nobody could read.
 
@@ -135,22 +158,16 @@ class Replayer:
             key: Signs, as it did before: its client expects results under it.
 
         Raises:
-            BrokerUnavailable: It was not confirmed in time; it may have arrived all the same.
+            BrokerUnavailable: The queue could not be made in time.
             PayloadTooLarge: The edits made it too large.
-            Unroutable: Its queue was deleted meanwhile.
         """
         body = encode(frame, key)
+        await in_time(self._make_queue(frame, shelf, key))
         new = shelf.fate is Fate.PARKED and frame.spec.track
         exchange = calls_exchange(shelf.key_id) if new else ""
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                await self._make_queue(frame, shelf, key)
-                await self._transport.publish(frame.queue, body, exchange=exchange)
-        except TimeoutError as exc:
-            raise BrokerUnavailable(
-                f"the broker is connected and confirmed nothing within {_PATIENCE_S:g} s; a memory "
-                "or disk alarm does that, its log and its management page tell"
-            ) from exc
+        confirmed = self._transport.publish(frame.queue, body, exchange=exchange)
+        confirmed.add_done_callback(_see)
+        return confirmed
 
     async def _make_queue(self, frame: CallFrame, shelf: Shelf, key: Key) -> None:
         if frame.queue in self._made:

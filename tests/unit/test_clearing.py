@@ -139,26 +139,30 @@ async def test_nothing_is_taken_off_before_it_is_confirmed(
     monkeypatch.setattr(MemoryTransport, "publish", confirm_later)
     monkeypatch.setattr(MemoryDelivery, "ack", note)
     await lab.replay(*found)
-    assert events == ["confirmed", "taken off"] * 2
+    assert sorted(events) == ["confirmed"] * 2 + ["taken off"] * 2
+    assert all(
+        events[: n + 1].count("confirmed") >= events[: n + 1].count("taken off") for n in range(4)
+    )
 
 
 async def test_what_was_not_confirmed_stays(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    await lab.put(body_of(1), body_of(2))
+    await lab.put(body_of(1), body_of(2), body_of(3))
     found = (await lab.look()).asides
-    publish = MemoryTransport.publish
+    publish, sent = MemoryTransport.publish, list[str]()
 
     def fail_the_second(self: MemoryTransport, queue: str, *args: Any, **options: Any) -> Any:
-        if lab.sent:
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            future.set_exception(BrokerUnavailable("no confirm"))
-            return future
-        return publish(self, queue, *args, **options)
+        sent.append(queue)
+        if len(sent) == 1:
+            return publish(self, queue, *args, **options)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.set_exception(BrokerUnavailable("no confirm"))
+        return future
 
     monkeypatch.setattr(MemoryTransport, "publish", fail_the_second)
     with pytest.raises(BrokerUnavailable):
         await lab.replay(*found)
     assert [one for one, _ in lab.sent] == [found[0].id]
-    assert await lab.bodies(SHELF.queue) == [body_of(2)]
+    assert await lab.bodies(SHELF.queue) == [body_of(2), body_of(3)]
 
 
 async def test_another_class_is_announced_to_the_workers(lab: Lab) -> None:
