@@ -86,7 +86,7 @@ class Aside:
         kind: ``calls``, ``unreadable``, or another kind of frame.
         problem: Why it cannot be sent again; ``""`` if it can.
         key_id: The key that signed it.
-        frame: The calls, with empty payloads.
+        frame: The calls, with empty payloads and printable names.
         payload_bytes: How long the payload of each call was.
     """
 
@@ -196,7 +196,7 @@ def read(body: bytes, headers: Mapping[str, object], shelf: Shelf, keyring: Keyr
         digest=digest_of(body),
         shelf=shelf,
         size_bytes=len(body),
-        reason=str(headers.get(REASON_HEADER, "")),
+        reason=_text(str(headers.get(REASON_HEADER, ""))),
         since=_moment(headers.get(SET_ASIDE_HEADER)),
         kind="unreadable",
         problem="",
@@ -212,9 +212,32 @@ def read(body: bytes, headers: Mapping[str, object], shelf: Shelf, keyring: Keyr
     return replace(
         found,
         problem=_problem(frame, shelf),
-        frame=replace(frame, calls=tuple(Call(c.counter, b"", c.refs) for c in frame.calls)),
+        frame=_without_payloads(frame),
         payload_bytes=tuple(len(call.payload) for call in frame.calls),
     )
+
+
+def _without_payloads(frame: CallFrame) -> CallFrame:
+    """The same calls to be shown: short, and fit for a terminal."""
+    spec, target = frame.spec, frame.spec.target
+    return replace(
+        frame,
+        queue=_text(frame.queue),
+        reply=_text(frame.reply),
+        client=_text(frame.client),
+        spec=replace(
+            spec,
+            label=_text(spec.label),
+            resources=_text(spec.resources),
+            target=replace(target, name=_text(target.name), python=_text(target.python)),
+        ),
+        calls=tuple(Call(call.counter, b"", call.refs) for call in frame.calls),
+    )
+
+
+def _text(text: str) -> str:
+    """Text without control characters and halves of characters, whoever sent it."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def _problem(frame: CallFrame, shelf: Shelf) -> str:

@@ -2,8 +2,8 @@
 
 A message is looked at as any consumer does it, without an ack. Closing the connection gives it
 back: the broker puts it to where it was, marked as redelivered, which means nothing in these
-queues. It does the same when this process is killed, so looking loses nothing. A reject would be
-worse: RabbitMQ 4 puts what was rejected to the end of the queue.
+queues. It does the same when this process is killed, so looking loses nothing. A reject promises
+less: where a rejected message goes differs between brokers and their versions.
 """
 
 from __future__ import annotations

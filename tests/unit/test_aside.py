@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -98,6 +99,14 @@ def test_no_payload_is_kept_or_unpickled(tmp_path: Path) -> None:
     assert [call.payload for call in found.frame.calls] == [b""]
     found.record()
     assert not mark.exists()
+
+
+def test_names_from_outside_are_fit_for_a_terminal() -> None:
+    spec = CallSpec(Target("m:\x1b[2Jf"), label="\udc80\x1b[2J\n")
+    found = aside_of(frame_of(spec=spec, client="c\0"))
+    assert found.summary == "2 calls of \ufffd\ufffd[2J\ufffd"
+    json.dumps(found.record(), default=str, ensure_ascii=False).encode()
+    assert "\x1b" not in str(found.record())
 
 
 @pytest.mark.parametrize(
