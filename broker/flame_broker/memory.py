@@ -78,6 +78,7 @@ class MemoryTransport:
             fanout=True,
             max_message_bytes=max_message_bytes,
             streams=True,
+            returns_in_order=True,
         )
 
     @property

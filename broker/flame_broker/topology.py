@@ -19,6 +19,8 @@ from flame_broker.transport import QueueKind, QueueSpec
 
 __all__ = [
     "DEFAULT_POOL",
+    "REASON_HEADER",
+    "SET_ASIDE_HEADER",
     "calls_exchange",
     "calls_queue",
     "check_pool",
@@ -39,6 +41,12 @@ __all__ = [
 ]
 
 DEFAULT_POOL = "default"
+
+REASON_HEADER: Final = "x-flame-reason"
+"""Why a message was set aside: the name of the error, and what it said."""
+
+SET_ASIDE_HEADER: Final = "x-flame-set-aside"
+"""When that was, in whole seconds since 1970 by the worker's clock."""
 
 _PREFIX: Final = "flame.v1"
 _POOL: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -86,6 +86,8 @@ class Capabilities:
         fanout: Exchanges with several queues bound.
         max_message_bytes: The largest body the broker takes.
         streams: A queue of kind ``stream`` is read by every consumer from its first message on.
+        returns_in_order: What was in hand when a transport closes goes back to where it was in its
+            queue, so a queue can be looked through without changing it.
     """
 
     durable: bool
@@ -95,6 +97,7 @@ class Capabilities:
     fanout: bool
     max_message_bytes: int
     streams: bool = True
+    returns_in_order: bool = False
 
 
 @runtime_checkable

@@ -279,9 +279,10 @@ def check_aside(client: Client, pools: Sequence[str]) -> Iterator[Finding]:
     aside = [q for q in client.queues(pools) if q.kind in ("dead", "parked") and q.messages]
     for queue in aside:
         remedy = (
-            "start a worker that has the key or version they need"
+            "`flame dead` says why; start a worker that has the key or version they need, then "
+            "`flame dead replay`"
             if queue.kind == "parked"
-            else "read the workers' log for the reason that stands with each"
+            else "`flame dead` says what they hold and why; then `flame dead replay` or `drop`"
         )
         yield Finding.warn(
             "queues", f"pool {queue.pool}: {queue.messages} messages are {queue.kind}", remedy

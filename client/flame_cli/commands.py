@@ -59,6 +59,7 @@ COMMANDS: Final = {
     "cancel": Command("flame_cli.history:cancel", "Cancel calls that wait or run."),
     "workers": Command("flame_cli.workers:app", "List, show and drain workers."),
     "queues": Command("flame_cli.queues:queues", "Show how much waits in the queues."),
+    "dead": Command("flame_cli.dead:app", "Look at messages that were set aside; replay, drop."),
     "doctor": Command("flame_cli.doctor:doctor", "Check broker, store, key, clocks and workers."),
     "config": Command("flame_cli.config:app", "Show settings, make a key."),
     "completion": Command("flame_cli.completion:completion", "Print a shell completion script."),

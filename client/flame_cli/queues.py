@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from flame_broker.topology import DEFAULT_POOL
 from flame_cli.connecting import connected
 from flame_cli.options import ContextName, Json
+from flame_cli.pools import pools_with_workers
 from flame_cli.tables import Column, show_table
-
-if TYPE_CHECKING:
-    from flame.client import Client
 
 __all__ = ["queues"]
 
-_ANSWER_S = 0.5
 _COLUMNS = (
     Column("pool"),
     Column("kind"),
@@ -48,13 +44,5 @@ def queues(
       flame queues --pool default --json
     """
     with connected(context) as client:
-        rows = [asdict(depth) for depth in client.queues(pool or _pools(client))]
+        rows = [asdict(depth) for depth in client.queues(pool or pools_with_workers(client))]
     show_table(rows, _COLUMNS, as_json=json)
-
-
-def _pools(client: Client) -> list[str]:
-    """A broker does not list its queues, so the workers say which pools there are."""
-    if not client.reaches_workers:
-        return [DEFAULT_POOL]
-    named = {str(facts["pool"]) for facts in client.workers(_ANSWER_S) if facts.get("pool")}
-    return sorted({DEFAULT_POOL, *named})

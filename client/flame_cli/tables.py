@@ -136,10 +136,11 @@ def _utc(moment: datetime) -> datetime:
 
 def _show_plain(columns: Sequence[Column], values: Sequence[Sequence[object]]) -> None:
     table = [_titles(columns), *([_cell(value) for value in line] for line in values)]
+    widths = _widths(table)
     for line in table:
         aligned = (
             f"{cell:>{width}}" if column.right else f"{cell:<{width}}"
-            for column, width, cell in zip(columns, _widths(table), line, strict=True)
+            for column, width, cell in zip(columns, widths, line, strict=True)
         )
         typer.echo(_GAP.join(aligned).rstrip())
 

@@ -263,6 +263,23 @@ class TransportContract:
         assert all(delivery.redelivered for delivery in again.deliveries)
         assert not held.deliveries[1].ack()
 
+    async def test_what_was_in_hand_at_close_goes_back_to_where_it_was(
+        self, open_transport: Open, transport: Transport, queue: str
+    ) -> None:
+        require(transport.capabilities, "returns_in_order")
+        for body in numbered(150):
+            await transport.publish(queue, body)
+        for _ in range(2):
+            holder = await open_transport()
+            held = Received(ack=False)
+            await holder.consume(queue, held, prefetch=100)
+            assert await held.until(100) == numbered(100)
+            await holder.close()
+            await eventually(lambda: _depth_is(transport, queue, 150), what="all are back")
+        again = Received()
+        await transport.consume(queue, again, prefetch=200)
+        assert await again.until(150) == numbered(150)
+
     async def test_unacked_of_a_cancelled_consumer_come_again_after_close(
         self, open_transport: Open, transport: Transport, queue: str
     ) -> None:

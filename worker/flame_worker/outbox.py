@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from time import time
 from typing import Final
 
 from flame_broker.errors import ConfigError, FlameError
@@ -26,7 +27,14 @@ from flame_broker.messages import (
     Target,
 )
 from flame_broker.outcomes import encode_failure
-from flame_broker.topology import calls_exchange, ledger_queue, logs_exchange, work_queue
+from flame_broker.topology import (
+    REASON_HEADER,
+    SET_ASIDE_HEADER,
+    calls_exchange,
+    ledger_queue,
+    logs_exchange,
+    work_queue,
+)
 from flame_broker.transport import QueueSpec, Transport, Unroutable
 from flame_worker.holding import Holding
 
@@ -169,8 +177,12 @@ class Outbox:
             self._store(work_queue(frame.queue), body, partial(holding.settle, 1))
 
     def set_aside(self, queue: str, body: bytes, reason: str, then: Callable[[], None]) -> None:
-        """Publish a message that cannot be run here, as it came, with the reason."""
-        self._store(work_queue(queue), body, then, headers={"x-flame-reason": reason[:1000]})
+        """Publish a message that cannot be run here, as it came, with the reason and the time."""
+        headers: dict[str, str | int] = {
+            REASON_HEADER: reason[:1000],
+            SET_ASIDE_HEADER: int(time()),
+        }
+        self._store(work_queue(queue), body, then, headers=headers)
 
     def event(self, key: Key, client: str, label: str, event: Event) -> None:
         """Queue telemetry: packed over 50 ms, sent unconfirmed, dropped if nobody listens."""

@@ -62,6 +62,7 @@ class RedisDialect:
         fanout=True,
         max_message_bytes=_MAX_MESSAGE_BYTES,
         streams=True,
+        returns_in_order=True,
     )
 
     def __init__(self, url: str) -> None:

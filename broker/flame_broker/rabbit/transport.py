@@ -30,6 +30,7 @@ _CAPABILITIES: Final = Capabilities(
     redelivery=True,
     fanout=True,
     max_message_bytes=MAX_MESSAGE_BYTES,
+    returns_in_order=True,
 )
 
 
