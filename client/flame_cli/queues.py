@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flame_broker.topology import DEFAULT_POOL
-from flame_cli.connecting import connected
+from flame_cli.connecting import asking
 from flame_cli.options import ContextName, Json
 from flame_cli.tables import Column, show_table
 
 if TYPE_CHECKING:
-    from flame.client import Client
+    from flame.questions import Questions
 
 __all__ = ["queues"]
 
@@ -47,14 +47,14 @@ def queues(
       flame queues
       flame queues --pool default --json
     """
-    with connected(context) as client:
-        rows = [asdict(depth) for depth in client.queues(pool or _pools(client))]
+    with asking(context) as cluster:
+        rows = [asdict(depth) for depth in cluster.queues(pool or _pools(cluster))]
     show_table(rows, _COLUMNS, as_json=json)
 
 
-def _pools(client: Client) -> list[str]:
+def _pools(cluster: Questions) -> list[str]:
     """A broker does not list its queues, so the workers say which pools there are."""
-    if not client.reaches_workers:
+    if not cluster.reaches_workers:
         return [DEFAULT_POOL]
-    named = {str(facts["pool"]) for facts in client.workers(_ANSWER_S) if facts.get("pool")}
+    named = {str(facts["pool"]) for facts in cluster.workers(_ANSWER_S) if facts.get("pool")}
     return sorted({DEFAULT_POOL, *named})
