@@ -9,7 +9,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from flame.answers import Answers
 from flame.inquiry import Inquiry
@@ -116,8 +116,9 @@ class Asker(Questions):
         while True:
             self._lost = loop.create_future()
             asked = loop.create_task(question(self._inquiry))
+            ends: set[asyncio.Future[Any]] = {asked, self._lost}
             try:
-                await asyncio.wait({asked, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 if asked.done():
                     return asked.result()
             finally:

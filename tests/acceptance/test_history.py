@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import flame
+from flame.asking import Asker
 from flame.errors import CallError, NoOrchestrator
-from flame_broker.topology import ledger_queue, reply_queue
+from flame_broker.config import load
+from flame_broker.topology import ledger_queue, questions_queue, reply_queue
 from lab import Process, RabbitNode, TcpProxy
 from lab.cluster import LabCluster
 from lab.rabbit_client import through
@@ -195,6 +198,23 @@ def test_results_that_were_lost_with_their_reply_queue_come_from_the_ledger(
         wait_until(lambda: ledger_is_empty(own_cluster), 30)
         proxy.accept()
         assert runner.get(futures, timeout=60) == list(range(50))
+
+
+def test_an_answer_that_was_lost_with_its_connection_is_asked_for_again(
+    cluster: LabCluster, rabbit: RabbitNode
+) -> None:
+    cluster.orchestrator().terminate()  # its queue stays
+    with TcpProxy(rabbit.port) as proxy, ThreadPoolExecutor(1) as thread:
+        settings = load(broker=through(proxy, cluster.broker_url), key=cluster.key)
+        with Asker(settings) as asker:
+            listed = thread.submit(asker._ask, lambda asks: asks.ask("calls", patience_s=60.0))
+            wait_until(lambda: cluster.depth(lambda key, _: questions_queue(key)) == 1, 20)
+            proxy.refuse()
+            proxy.cut()
+            answers = cluster.orchestrator()
+            wait_until(lambda: "answer.not_sent" in answers.output(), 20, answers.output)
+            proxy.accept()
+            assert listed.result(30)["calls"] == ()
 
 
 def test_two_orchestrators_share_the_work_and_one_answers(
