@@ -121,6 +121,17 @@ def test_commands_that_only_ask_load_nothing_that_makes_or_carries_calls(words: 
     assert done.stdout.rpartition("\n")[2] == "|"
 
 
+def test_the_end_of_a_command_looks_for_no_garbage() -> None:
+    program = (
+        "import atexit, gc\nfrom flame_cli.main import main\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1000))\nmain(['config', 'key'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.endswith("\nTrue\n")
+
+
 def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
     from importlib.metadata import version
 
