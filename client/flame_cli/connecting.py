@@ -36,7 +36,7 @@ def connected(context: str | None) -> Iterator[Client]:
 
 @contextmanager
 def asking(context: str | None) -> Iterator[Questions]:
-    """Somebody to ask, for commands that make no calls: up in half the time of a client.
+    """Somebody to ask, for commands that make no calls: up sooner than a client.
 
     Args:
         context: A context of the settings file.
