@@ -13,8 +13,8 @@ Each setting is looked up by itself, in this order: argument, environment, file,
 ``FLAME_HOME``       where Flame keeps its files, ``~/.flame`` if not set
 ==================== =========================================================================
 
-With nothing configured this module imports no YAML parser: ``config_file``, which does, is imported
-when there is a file.
+With nothing configured this module imports neither pydantic nor a YAML parser: ``config_file``,
+which does, is imported when there is a file.
 """
 
 from __future__ import annotations
