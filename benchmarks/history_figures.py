@@ -146,6 +146,8 @@ def _arrivals(calls: int) -> Iterator[list[Any]]:
 def _list(system: FlameSystem) -> None:
     command = [Path(sys.executable).with_name("flame"), "ps", "--json"]
     environ = {**os.environ, **system.environment()}
+    # An installed Flame is compiled once; without this each run would compile all it imports.
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(command, env=environ, check=True, capture_output=True)
     assert done.stdout.count(b'"id"') == 50
 

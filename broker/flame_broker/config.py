@@ -96,7 +96,8 @@ class Settings:
     Args:
         home: Folder for the key, the embedded store and caches.
         broker_url: The broker, or None for the embedded cluster.
-        store_url: The object store, or None if a remote broker has none configured.
+        store_url: The object store, or None if a remote broker has none configured; then values
+            over 64 KiB and functions by value cannot be sent.
         database_url: The orchestrator's database, or None for its default.
         context: Name of the context that was taken from the file.
         file: The settings file, if there is one.
@@ -148,7 +149,7 @@ class Settings:
         )
 
     def require_store(self) -> str:
-        """The store URL.
+        """The store URL, for values over 64 KiB and the code of functions by value.
 
         Raises:
             ConfigError: None is configured, and the broker is not on this machine.
@@ -157,7 +158,8 @@ class Settings:
             return self.store_url
         raise ConfigError(
             f"no object store for the broker {mask_url(self.broker_url or '')}: set "
-            "FLAME_STORE_URL, for example to s3://bucket/prefix; values over 64 KiB need it"
+            "FLAME_STORE_URL, for example to s3://bucket/prefix; values over 64 KiB and functions "
+            "by value (of programs and notebooks) need it"
         )
 
     def __repr__(self) -> str:

@@ -7,21 +7,21 @@ import concurrent.futures.thread  # noqa: F401  # so that its function is regist
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from flame.courier import Cluster, Courier
 from flame.desk import Desk
 from flame.futures import ObjectFuture
-from flame.inquiry import Enough, Facts, QueueDepth
+from flame.inquiry import Inquiry
 from flame.lanes import Lane
 from flame.leaving import leaving
+from flame.questions import Questions
 from flame.values import Values
 from flame_broker.config import Settings, load
 from flame_broker.errors import ConfigError, FlameError
 from flame_broker.keys import Key, Keyring
-from flame_broker.messages import parse_call_id
 from flame_broker.objects import ObjectRef
 from flame_broker.topology import DEFAULT_POOL
 
@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 _CLIENT_ID_BYTES = 5
+
+T = TypeVar("T")
+
 _open_clients: set[Client] = set()
 
 
@@ -50,7 +53,7 @@ class Session:
     signer: Key
 
 
-class Client:
+class Client(Questions):
     """A connection to a cluster; ``flame.connect()`` makes one.
 
     Threads may share it. A forked child that uses it gets a connection of its own.
@@ -129,64 +132,6 @@ class Client:
         """Whether workers can be asked and told; not on a broker without fan-out (SQS)."""
         return self.session.courier.reaches_workers
 
-    def workers(self, timeout_s: float = 1.0, *, enough: Enough | None = None) -> list[Facts]:
-        """What the workers of this cluster say about themselves, sorted by their names.
-
-        Args:
-            timeout_s: How long to wait for answers.
-            enough: Stop waiting as soon as this holds for the answers so far.
-
-        Raises:
-            ConfigError: The broker has no fan-out, so workers cannot be asked.
-        """
-        return self.session.courier.ask(lambda inquiry: inquiry.workers(timeout_s, enough))
-
-    def drain_worker(self, name: str) -> None:
-        """Tell a worker to finish what runs, hand back the rest and leave. Does not wait for it."""
-        self.session.courier.ask(lambda inquiry: inquiry.order("drain", {"worker": name}))
-
-    def queues(self, pools: Sequence[str] = (DEFAULT_POOL,)) -> list[QueueDepth]:
-        """How much waits in the queues of these pools, in the ledger and in our reply queue.
-
-        Queues that do not exist (yet) are left out.
-        """
-        return self.session.courier.ask(lambda inquiry: inquiry.queues(pools))
-
-    def calls(self, *, state: str = "", label: str = "", limit: int = 50) -> list[Facts]:
-        """The newest calls that the history knows, of every client of this key.
-
-        Args:
-            state: Only those in this state: ``waiting``, ``queued``, ``succeeded``, ``failed``,
-                ``cancelled``, ``expired`` or ``quarantined``.
-            label: Only those of the service with this name.
-            limit: At most so many.
-
-        Raises:
-            NoOrchestrator: No orchestrator keeps a history here.
-        """
-        answer = self.session.courier.ask(
-            lambda inquiry: inquiry.ask("calls", state=state, label=label, limit=limit)
-        )
-        found = answer.get("calls")
-        return (
-            [facts for facts in found if isinstance(facts, dict)]
-            if isinstance(found, tuple)
-            else []
-        )
-
-    def story(self, call: str) -> Facts | None:
-        """All that the history knows of a call; None if it knows none of that id.
-
-        Raises:
-            ValueError: This is no call id.
-            NoOrchestrator: No orchestrator keeps a history here.
-        """
-        parse_call_id(call)
-        found = self.session.courier.ask(
-            lambda inquiry: inquiry.ask("story", call=call, known_in_s=1.0)
-        ).get("call")
-        return found if isinstance(found, dict) else None
-
     def ping(self, pool: str = DEFAULT_POOL, *, timeout_s: float = 10.0) -> float:
         """Seconds of one round trip through a worker.
 
@@ -197,13 +142,8 @@ class Client:
 
         return Pinger(self, pool, timeout_s=timeout_s).trip()
 
-    def ping_broker(self) -> float:
-        """Seconds of one round trip to the broker: published, confirmed, delivered to us.
-
-        Raises:
-            BrokerUnavailable: The message was not back within 10 s.
-        """
-        return self.session.courier.ask(lambda inquiry: inquiry.echo())
+    def _ask(self, question: Callable[[Inquiry], Coroutine[None, None, T]]) -> T:
+        return self.session.courier.ask(question)
 
     @property
     def opened(self) -> Session | None:

@@ -15,9 +15,11 @@ from itertools import count
 from time import monotonic
 from typing import Final, Protocol, TypeVar
 
+from flame.answers import Answers
 from flame.expiry import Expiry
 from flame.inquiry import Inquiry
 from flame.lanes import Lane, Pending, Record
+from flame.reaching import bounded, forget, reach
 from flame.replies import Replies
 from flame.sending import Sender
 from flame.silence import Silence
@@ -38,7 +40,6 @@ from flame_broker.transport import Consumer, QueueSpec, TellsOfWaiting, Transpor
 
 __all__ = ["Cluster", "Courier"]
 
-_CONNECT_DEADLINE_S: Final = 10.0
 _DRAIN_S: Final = 5.0
 _LAST_WORDS_S: Final = 0.15  # workers send output up to 50 ms after the result it belongs to
 _REPLIES_AHEAD: Final = 512
@@ -113,13 +114,14 @@ class Courier:
         self._sender = Sender(
             self._transport, self._key, client_id, self.pending, wake=self._wake, upload=upload
         )
+        self.answers = Answers(keyring)
         self.replies = Replies(
-            keyring,
+            self.answers,
             self.pending,
             released=self._sender.released,
             unblock=self._sender.unblock,
         )
-        self._inquiry = Inquiry(self._transport, keyring, self.replies, lambda: self._sender.reply)
+        self._inquiry = Inquiry(self._transport, keyring, self.answers, lambda: self._sender.reply)
         self._expiry = self._sender.expiry = Expiry(
             self._inquiry, client_id, self.pending, self._sender.fail
         )
@@ -293,10 +295,8 @@ class Courier:
 
     async def _open(self, opened: Future[None]) -> None:
         try:
-            async with asyncio.timeout(_CONNECT_DEADLINE_S + 5):
+            async with bounded():
                 await self._connect()
-        except TimeoutError:
-            opened.set_exception(BrokerUnavailable("the broker accepted us and then fell silent"))
         # Whoever called start() must hear of it, whatever it is: it is raised there.
         except BaseException as exc:  # noqa: BLE001
             opened.set_exception(exc)
@@ -307,16 +307,11 @@ class Courier:
         if self._cluster is not None:
             await self._cluster.start()
         transport, key_id = self._transport, self._key.hex_id
-        await transport.open(deadline_s=_CONNECT_DEADLINE_S)
+        await reach(transport)
         if isinstance(transport, TellsOfWaiting):
             transport.waits_while(lambda: bool(self.pending.records))
         transport.on_reconnect = self._reconnected
         if not transport.capabilities.fanout:
-            _log.warning(
-                "broker.no_fanout",
-                broker=transport.server,
-                reason="no remote output, remote cancel or `flame workers` with this broker",
-            )
             await self._listen()
             return
         await transport.declare_exchange(control_exchange(key_id), "fanout")
@@ -407,7 +402,8 @@ class Courier:
         if since < _LAST_WORDS_S:
             await asyncio.sleep(_LAST_WORDS_S - since)
         if self._transport.connected and self._consumer is not None:
-            await self._forget_replies(self._consumer)
+            # Results that come from now on go to the ledger.
+            await forget(self._transport, self._consumer, self._sender.reply)
         await self._transport.close()
         if self._cluster is not None:
             await self._cluster.stop()
@@ -421,15 +417,6 @@ class Courier:
         for counter in unwanted:
             if (record := records.pop(counter, None)) is not None:
                 record.fail_call(counter, _closed_early(call_id(self._client_id, counter)))
-
-    async def _forget_replies(self, consumer: Consumer) -> None:
-        """Results that come from now on go to the ledger, not to a queue that nobody reads."""
-        try:
-            async with asyncio.timeout(2):
-                await consumer.cancel()
-                await self._transport.delete(self._sender.reply)
-        except (FlameError, TimeoutError) as exc:
-            _log.info("reply_queue.not_deleted", reason=str(exc))
 
 
 async def _end_tasks() -> None:

@@ -1,6 +1,6 @@
 """Questions to the cluster that are no calls: who works here, how far is the broker, what waits.
 
-Every method is a coroutine of the courier's loop.
+Every method is a coroutine of the loop that the transport lives in.
 """
 
 from __future__ import annotations
@@ -9,30 +9,21 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import partial
 from time import perf_counter, time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from flame.replies import Replies
+from flame.answers import Answers
 from flame_broker.errors import BrokerUnavailable, ConfigError, FlameError, NoOrchestrator
-from flame_broker.frames import encode, open_frame
+from flame_broker.frames import encode
 from flame_broker.keys import Key, Keyring
-from flame_broker.messages import ControlFrame, Plain, Priority
-from flame_broker.resources import DEFAULT_CLASS
-from flame_broker.topology import (
-    calls_queue,
-    classes_queue,
-    control_exchange,
-    dead_queue,
-    ledger_queue,
-    parked_queue,
-    questions_queue,
-    suspects_queue,
-)
-from flame_broker.transport import Delivery, QueueSpec, Transport, Unroutable
+from flame_broker.messages import ControlFrame, Plain
+from flame_broker.topology import control_exchange, questions_queue
+from flame_broker.transport import Transport, Unroutable
 
-__all__ = ["Enough", "Facts", "Inquiry", "QueueDepth"]
+if TYPE_CHECKING:
+    from flame.depths import QueueDepth
+
+__all__ = ["Enough", "Facts", "Inquiry"]
 
 Facts = Mapping[str, Plain]
 """What a worker says about itself, and ``clock_skew_s``: how far its clock is from ours."""
@@ -46,29 +37,6 @@ _NO_ORCHESTRATOR: Final = (
 )
 _RUNNING_ANSWER_S: Final = 1.0
 _COUNTERS_A_FRAME: Final = 10_000
-_STREAM_QUIET_S: Final = 0.3
-_STREAM_AHEAD: Final = 500
-
-
-@dataclass(frozen=True, slots=True)
-class QueueDepth:
-    """How much waits in one queue.
-
-    Attributes:
-        pool: The pool that it belongs to; ``""`` for the queues of a whole key or client.
-        kind: ``calls``, ``suspects``, ``dead``, ``parked``, ``ledger`` or ``replies``.
-        resources: The resource class of calls.
-        priority: The priority of calls.
-        messages: Messages that nobody has taken yet; one may hold up to 256 calls.
-        name: The queue, as the broker knows it.
-    """
-
-    pool: str
-    kind: str
-    resources: str
-    priority: str
-    messages: int
-    name: str
 
 
 class Inquiry:
@@ -77,7 +45,7 @@ class Inquiry:
     Args:
         transport: Where the cluster is.
         keyring: The first key signs and names the queues.
-        replies: Tells of control frames that arrive.
+        answers: Tells of control frames that arrive.
         reply_queue: Where the answers come to.
     """
 
@@ -85,13 +53,13 @@ class Inquiry:
         self,
         transport: Transport,
         keyring: Keyring,
-        replies: Replies,
+        answers: Answers,
         reply_queue: Callable[[], str],
     ) -> None:
         self._transport = transport
         self._keyring = keyring
         self._key: Key = keyring.signer
-        self._replies = replies
+        self._answers = answers
         self._reply_queue = reply_queue
 
     @property
@@ -112,7 +80,7 @@ class Inquiry:
                 if enough is not None and enough([*found.values()]):
                     complete.set()
 
-        with self._replies.listening(take):
+        with self._answers.listening(take):
             await self.order("hello", {"reply": self._reply_queue()})
             await _wait(complete, timeout_s)
         return [found[name] for name in sorted(found)]
@@ -130,7 +98,7 @@ class Inquiry:
             if frame.verb == "running" and isinstance(started, tuple):
                 running.update(n for n in started if isinstance(n, int))
 
-        with self._replies.listening(take):
+        with self._answers.listening(take):
             for first in range(0, len(counters), _COUNTERS_A_FRAME):
                 part = tuple(counters[first : first + _COUNTERS_A_FRAME])
                 told: dict[str, Plain] = {"client": client, "counters": part}
@@ -180,7 +148,7 @@ class Inquiry:
         queue = questions_queue(self._key.hex_id).name
         asked = {**arguments, "question": question, "token": token, "reply": self._reply_queue()}
         body = encode(ControlFrame(queue, "ask", asked), self._key)
-        with self._replies.listening(take):
+        with self._answers.listening(take):
             try:
                 async with _patience():
                     await self._transport.publish(queue, body)
@@ -205,7 +173,7 @@ class Inquiry:
             if frame.arguments.get("token") == token:
                 back.set()
 
-        with self._replies.listening(take):
+        with self._answers.listening(take):
             queue, started_s = self._reply_queue(), perf_counter()
             body = encode(ControlFrame(queue, "echo", {"token": token}), self._key)
             async with _patience():
@@ -215,54 +183,9 @@ class Inquiry:
 
     async def queues(self, pools: Sequence[str]) -> list[QueueDepth]:
         """How much waits in the queues of these pools and in our own; those that exist."""
-        key_id, found = self._key.hex_id, list[QueueDepth]()
+        from flame.depths import depths
 
-        async def count(spec: QueueSpec, kind: str, *place: str) -> None:
-            depth = await self._transport.depth(spec.name)
-            if depth is not None:
-                pool, resources, priority = (*place, "", "", "")[:3]
-                found.append(QueueDepth(pool, kind, resources, priority, depth, spec.name))
-
-        for pool in pools:
-            for name in await self._classes(pool):
-                for level in Priority:
-                    queue = calls_queue(key_id, pool, name, level)
-                    await count(queue, "calls", pool, name, level.value)
-            await count(suspects_queue(key_id, pool), "suspects", pool)
-            await count(dead_queue(key_id, pool), "dead", pool)
-            await count(parked_queue(key_id, pool), "parked", pool)
-        await count(ledger_queue(key_id), "ledger")
-        await count(QueueSpec(self._reply_queue()), "replies")
-        return found
-
-    async def _classes(self, pool: str) -> list[str]:
-        """The resource classes that were announced in a pool, the default one first."""
-        stream = classes_queue(self._key.hex_id, pool)
-        names = {DEFAULT_CLASS: None}
-        if not self._transport.capabilities.streams:
-            return [*names]
-        if await self._transport.depth(stream.name) is None:
-            return [*names]
-        # A stream has no end that could be asked for: silence is the end.
-        fresh = asyncio.Event()
-        await self._transport.declare(stream)
-        consumer = await self._transport.consume(
-            stream.name, partial(self._note_class, names, fresh), prefetch=_STREAM_AHEAD
-        )
-        while await _wait(fresh, _STREAM_QUIET_S):
-            fresh.clear()
-        await consumer.cancel()
-        return [*names]
-
-    def _note_class(self, names: dict[str, None], fresh: asyncio.Event, delivery: Delivery) -> None:
-        delivery.ack()
-        fresh.set()
-        try:
-            frame, _ = open_frame(delivery.body, self._keyring, queue=delivery.queue)
-        except FlameError:
-            return  # workers say so in their logs; here it is merely no class
-        if isinstance(frame, ControlFrame) and frame.verb == "class":
-            names[str(frame.arguments.get("name"))] = None
+        return await depths(self._transport, self._keyring, pools, self._reply_queue())
 
 
 def _with_skew(facts: Facts, asked_at: float) -> Facts:

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from time import monotonic
 
+from flame.answers import Answers
 from flame.console import Console, LogBook
 from flame.lanes import Pending, Record
-from flame_broker.errors import FlameError, MalformedMessage
-from flame_broker.frames import decode
-from flame_broker.keys import Keyring
-from flame_broker.logs import get_logger
-from flame_broker.messages import (
-    ControlFrame,
-    Event,
-    EventFrame,
-    EventKind,
-    Frame,
-    Result,
-    ResultFrame,
-    Status,
-)
+from flame_broker.messages import Event, EventFrame, EventKind, Result, ResultFrame, Status
 from flame_broker.transport import Delivery
 
 __all__ = ["Replies"]
-
-_log = get_logger("flame.client")
 
 
 class Replies:
     """Takes the deliveries of the reply queue and of the logs queue.
 
     Args:
-        keyring: Whose signatures count.
+        answers: Opens the frames, and takes those that are answers to questions.
         pending: Who waits.
         released: Told of each settled call that took room in the window.
         unblock: Called when there is room again.
@@ -42,7 +26,7 @@ class Replies:
 
     def __init__(
         self,
-        keyring: Keyring,
+        answers: Answers,
         pending: Pending,
         *,
         released: Callable[[Record, int], None],
@@ -50,55 +34,28 @@ class Replies:
     ) -> None:
         self.console = Console()
         self.log_book = LogBook()
-        self.refused: Counter[str] = Counter()
         self.last_result_s = 0.0
-        self._keyring = keyring
+        self._answers = answers
         self._pending = pending
         self._released = released
         self._unblock = unblock
-        self._listeners: list[Callable[[ControlFrame], None]] = []
-
-    @contextmanager
-    def listening(self, listener: Callable[[ControlFrame], None]) -> Iterator[None]:
-        """Tell ``listener`` of every control frame that arrives meanwhile."""
-        self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            self._listeners.remove(listener)
 
     def on_reply(self, delivery: Delivery) -> None:
         """Settle what the results of one frame belong to, then ack it."""
-        frame = self._open(delivery, delivery.queue)
+        frame = self._answers.open(delivery, delivery.queue)
         if isinstance(frame, ResultFrame):
             self._settle(frame)
-        elif isinstance(frame, ControlFrame):
-            for listener in tuple(self._listeners):
-                listener(frame)
+        else:
+            self._answers.tell(frame)
         delivery.ack()
 
     def on_event(self, exchange: str, delivery: Delivery) -> None:
         """Print and note what running calls say."""
-        frame = self._open(delivery, exchange)
+        frame = self._answers.open(delivery, exchange)
         if isinstance(frame, EventFrame):
             for event in frame.events:
                 self._note(frame.label, event)
         delivery.ack()
-
-    def _open(self, delivery: Delivery, queue: str) -> Frame | None:
-        try:
-            return decode(delivery.body, self._keyring, queue=queue)
-        except FlameError as exc:
-            self._refuse(exc)
-            return None
-
-    def _refuse(self, exc: FlameError) -> None:
-        """Drop what is not signed by a key of ours; say so once for each kind of fault."""
-        kind = type(exc).__name__
-        self.refused[kind] += 1
-        if self.refused[kind] == 1:
-            level = _log.error if not isinstance(exc, MalformedMessage) else _log.warning
-            level("reply.refused", kind=kind, reason=str(exc))
 
     def _settle(self, frame: ResultFrame) -> None:
         # The hot path of a client: about 1 µs a result. Who takes the record out of the table

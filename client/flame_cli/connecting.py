@@ -1,10 +1,10 @@
-"""A client for a command, and a word to who waits for it."""
+"""A connection for a command, and a word to who waits for it."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Timer
 from typing import TYPE_CHECKING, Final
 
@@ -12,8 +12,9 @@ import typer
 
 if TYPE_CHECKING:
     from flame.client import Client
+    from flame.questions import Questions
 
-__all__ = ["connected"]
+__all__ = ["asking", "connected"]
 
 _PATIENCE_S: Final = 2.0
 
@@ -31,6 +32,27 @@ def connected(context: str | None) -> Iterator[Client]:
         client = flame.connect(context=context)
     with client:
         yield client
+
+
+@contextmanager
+def asking(context: str | None) -> Iterator[Questions]:
+    """Somebody to ask, for commands that make no calls: up sooner than a client.
+
+    Args:
+        context: A context of the settings file.
+    """
+    from flame.asking import Asker
+    from flame_broker.config import load
+
+    settings = load(context=context)
+    if settings.broker_url is None:
+        with connected(context) as client:  # whose process the whole cluster lives in
+            yield client
+        return
+    with ExitStack() as left:
+        with _word_to_the_waiting():
+            asker = left.enter_context(Asker(settings))
+        yield asker
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from flame_broker.errors import CallError
+from flame_cli.connecting import asking, connected
 from flame_cli.exits import DONE, WORK_FAILED
 from flame_cli.options import ContextName, Json
 from flame_cli.tables import Column, show_record, show_table
@@ -63,10 +64,8 @@ def ps(
       flame ps --state failed
       flame ps --label train --limit 500 --json
     """
-    import flame
-
-    with flame.connect(context=context) as client:
-        rows = [_row(facts) for facts in client.calls(state=state, label=label, limit=limit)]
+    with asking(context) as cluster:
+        rows = [_row(facts) for facts in cluster.calls(state=state, label=label, limit=limit)]
     if not json:
         rows = [{**row, "reason": _short(row.get("reason"))} for row in rows]
     show_table(rows, _COLUMNS, as_json=json, empty="no such calls in the history")
@@ -79,10 +78,8 @@ def show(call: CallId, context: ContextName = None, json: Json = False) -> None:
     Example:
       flame show "$(flame ps --limit 1 | awk 'NR == 2 {print $1}')"
     """
-    import flame
-
-    with flame.connect(context=context) as client:
-        facts = client.story(_checked(call))
+    with asking(context) as cluster:
+        facts = cluster.story(_checked(call))
     if facts is None:
         raise CallError(f"the history knows no call {call}; `flame ps` lists those it knows", call)
     show_record(_row(facts), as_json=json)
@@ -106,7 +103,7 @@ def result(
     """
     import flame
 
-    with flame.connect(context=context) as client:
+    with connected(context) as client:
         value = _outcome(flame.attach(_checked(call), client=client), timeout_s)
     if output is None:
         typer.echo(value if isinstance(value, str) else repr(value))
@@ -134,7 +131,7 @@ def wait(
     import flame
 
     until = None if timeout_s is None else time.monotonic() + timeout_s
-    with flame.connect(context=context) as client:
+    with connected(context) as client:
         futures = [flame.attach(_checked(call), client=client) for call in calls]
         for future in futures:
             left = None if until is None else max(0.0, until - time.monotonic())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flame_cli.connecting import connected
+from flame_cli.connecting import asking
 from flame_cli.options import ContextName, Json
 from flame_cli.pools import pools_with_workers
 from flame_cli.tables import Column, show_table
@@ -43,6 +43,6 @@ def queues(
       flame queues
       flame queues --pool default --json
     """
-    with connected(context) as client:
-        rows = [asdict(depth) for depth in client.queues(pool or pools_with_workers(client))]
+    with asking(context) as cluster:
+        rows = [asdict(depth) for depth in cluster.queues(pool or pools_with_workers(cluster))]
     show_table(rows, _COLUMNS, as_json=json)

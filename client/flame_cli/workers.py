@@ -12,13 +12,13 @@ import typer
 
 from flame_broker.errors import FlameError
 from flame_cli.advice import start_worker
-from flame_cli.connecting import connected
+from flame_cli.connecting import asking
 from flame_cli.options import ContextName, Json
 from flame_cli.tables import Column, show_record, show_table
 
 if TYPE_CHECKING:
-    from flame.client import Client
     from flame.inquiry import Facts
+    from flame.questions import Questions
 
 __all__ = ["app"]
 
@@ -60,9 +60,9 @@ def workers(
     """
     if context.invoked_subcommand is not None:
         return
-    with connected(context_name) as client:
-        rows = [_row(facts) for facts in client.workers(timeout_s)]
-        empty = f"no worker answered within {timeout_s:g} s: {start_worker(client.key_id)}"
+    with asking(context_name) as cluster:
+        rows = [_row(facts) for facts in cluster.workers(timeout_s)]
+        empty = f"no worker answered within {timeout_s:g} s: {start_worker(cluster.key_id)}"
     show_table(rows, _COLUMNS, as_json=json, empty=empty)
 
 
@@ -74,8 +74,8 @@ def show(name: Name, context: ContextName = None, json: Json = False) -> None:
     Example:
       flame workers show "$(flame workers | awk 'NR == 2 {print $1}')"
     """
-    with connected(context) as client:
-        row = _row(_find(client, name))
+    with asking(context) as cluster:
+        row = _row(_find(cluster, name))
     show_record(row, as_json=json)
 
 
@@ -91,20 +91,20 @@ def drain(
     Example:
       flame workers drain "$(flame workers | awk 'NR == 2 {print $1}')" --wait
     """
-    with connected(context) as client:
-        _find(client, name)
-        client.drain_worker(name)
-        while wait and _ask(client, name) is not None:
+    with asking(context) as cluster:
+        _find(cluster, name)
+        cluster.drain_worker(name)
+        while wait and _ask(cluster, name) is not None:
             time.sleep(_LEAVE_POLL_S)
     typer.echo(f"{name} {'has left' if wait else 'drains'}")
 
 
-def _ask(client: Client, name: str) -> Facts | None:
-    return _answers(client, name).get(name)
+def _ask(cluster: Questions, name: str) -> Facts | None:
+    return _answers(cluster, name).get(name)
 
 
-def _find(client: Client, name: str) -> Facts:
-    found = _answers(client, name)
+def _find(cluster: Questions, name: str) -> Facts:
+    found = _answers(cluster, name)
     if name in found:
         return found[name]
     near = get_close_matches(name, found, n=1)
@@ -112,13 +112,13 @@ def _find(client: Client, name: str) -> Facts:
     raise FlameError(f"no worker {name} answered{hint}")
 
 
-def _answers(client: Client, name: str) -> dict[str, Facts]:
+def _answers(cluster: Questions, name: str) -> dict[str, Facts]:
     """The answers by worker; with the one that is looked for, they may be incomplete."""
 
     def there(answers: Sequence[Facts]) -> bool:
         return any(facts.get("worker") == name for facts in answers)
 
-    return {str(facts.get("worker")): facts for facts in client.workers(_ANSWER_S, enough=there)}
+    return {str(facts.get("worker")): facts for facts in cluster.workers(_ANSWER_S, enough=there)}
 
 
 def _row(facts: Facts) -> dict[str, Any]:

@@ -202,10 +202,10 @@ def test_hostile_results_and_output_do_not_reach_a_future(siege: Siege) -> None:
         service = runner.service(answer_when)
         gate = cluster.folder / "gate"
         futures = [service(str(gate), number) for number in range(4)]
-        replies = client.session.courier.replies
+        answers = client.session.courier.answers
         reply = reply_queue(cluster.key_id, client.id, 0).name
         attack_results(siege, client.id, reply, [future.counter for future in futures])
-        wait_until(lambda: sum(replies.refused.values()) >= 5 * 2000, 20)
+        wait_until(lambda: sum(answers.refused.values()) >= 5 * 2000, 20)
         assert not any(future.done() for future in futures)
         gate.touch()
         assert runner.get(futures, timeout=30) == [0, 1, 2, 3]

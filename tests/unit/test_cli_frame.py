@@ -93,6 +93,45 @@ def test_help_imports_no_command_and_nothing_heavy() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["ps"], ["ps", "--json"], ["show", "a-1"], ["queues"], ["workers", "--timeout", "0.1"]],
+)
+def test_commands_that_only_ask_load_nothing_that_makes_or_carries_calls(words: list[str]) -> None:
+    heavy = {
+        *("flame.client", "flame.courier", "flame.futures", "flame.packaging", "flame.values"),
+        *("flame_broker.codec", "cloudpickle", "cryptography", "boto3"),
+        *("pydantic", "yaml", "rich", "structlog", "importlib.metadata"),
+    }
+    program = (
+        "import sys\nfrom flame_cli.main import main\n"
+        f"try: main({words})\nexcept SystemExit: pass\n"
+        f"sys.stdout.write(' '.join(sorted({heavy} & set(sys.modules))) + '|')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "FLAME_BROKER_URL": "memory://alone", "FLAME_KEY": generate_key()},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stdout.endswith("|")
+    assert done.stdout.rpartition("\n")[2] == "|"
+
+
+def test_the_end_of_a_command_looks_for_no_garbage() -> None:
+    program = (
+        "import atexit, gc\nfrom flame_cli.main import main\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1000))\nmain(['config', 'key'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.endswith("\nTrue\n")
+
+
 def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
     from importlib.metadata import version
 
@@ -403,5 +442,17 @@ def test_who_waits_for_a_broker_at_a_terminal_is_told_so(monkeypatch: pytest.Mon
     monkeypatch.setattr(connecting, "_PATIENCE_S", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     with connecting.connected("far") as found:
+        assert found is client
+    client.__exit__.assert_called_once()
+
+
+def test_a_question_to_the_embedded_cluster_is_put_by_a_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import flame as library
+
+    client = MagicMock()
+    monkeypatch.setattr(library, "connect", lambda **_: client)
+    with connecting.asking(None) as found:
         assert found is client
     client.__exit__.assert_called_once()

@@ -194,7 +194,7 @@ def test_results_with_a_wrong_signature_are_dropped_and_counted(
     worker.send(None, reply, body=b"rubbish")
     worker.release()
     assert future.get(10) == 2
-    refused = client.session.courier.replies.refused
+    refused = client.session.courier.answers.refused
     assert refused == {"SignatureError": 1, "MalformedMessage": 1}
 
 
