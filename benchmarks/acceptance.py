@@ -118,6 +118,8 @@ TARGETS = [
     Target("futures with an orchestrator", "≥", 0.85, "× without", plain("tracked", "kept")),
     Target("calls written into the history", "≥", 20_000, "/s", plain("history", "rate")),
     Target("flame ps over them", "<", 300, "ms", plain("history", "ps_ms")),
+    Target("delayed calls: start after due, p99", "≤", 100, "ms", plain("delayed", "late_p99_ms")),
+    Target("orchestrator's memory", "<", 300, "MB", plain("delayed", "peak_bytes", scale=MB)),
     Target("worker idle, children included", "<", 1, "% of a core", idle_percent),
     Target("worker's memory (RSS)", "<", 80, "MB", resident_mb("worker")),
     Target("child's memory (RSS)", "<", 45, "MB", resident_mb("child")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import flame
 import targets
-from measure import Driver, Figure, timed_burst
+from measure import Driver, Figure, percentile, timed_burst
 from processes import resident_bytes
 
 if TYPE_CHECKING:
@@ -24,11 +27,13 @@ FRAME_CALLS = 64
 FRAMES_A_WRITE = 400
 BURSTS = 5
 READY_S = 30.0
+DEPOSITED_A_S = 3_000
+"""So many calls are deposited a second at least; none is due before all are."""
 
 
 @contextmanager
-def orchestrator(system: FlameSystem, database: str) -> Iterator[None]:
-    """A ``flame-orchestrator`` beside the measured broker, ready."""
+def orchestrator(system: FlameSystem, database: str) -> Iterator[int]:
+    """A ``flame-orchestrator`` beside the measured broker, ready; its process id."""
     program = Path(sys.executable).with_name("flame-orchestrator")
     environ = {**os.environ, **system.environment(), "FLAME_DATABASE_URL": database}
     with subprocess.Popen([program, "-v"], env=environ, stderr=subprocess.PIPE, text=True) as run:
@@ -37,7 +42,7 @@ def orchestrator(system: FlameSystem, database: str) -> Iterator[None]:
             if "orchestrator.ready" in line:
                 break
         try:
-            yield
+            yield run.pid
         finally:
             run.terminate()
             run.stderr.close()
@@ -98,6 +103,44 @@ def history(driver: Driver) -> Figure:
         "database_bytes": size,
         "ps_ms": listed * 1e3,
     }
+
+
+def delayed(driver: Driver) -> Figure:
+    """Calls with random due times: how long after them they start, at their workers."""
+    system: FlameSystem = driver.system  # type: ignore[assignment]
+    calls, span_s = driver.settings.delayed_calls, driver.settings.delayed_s
+    chance = random.Random(calls)
+    with (
+        tempfile.TemporaryDirectory(prefix="flame-delayed-") as folder,
+        orchestrator(system, f"sqlite:///{folder}/ledger.sqlite") as pid,
+        flame.Runner(client=system.client) as runner,
+    ):
+        service = runner.service(targets.started_late)
+        started = time.perf_counter()
+        first = time.time() + calls / DEPOSITED_A_S
+        dues = [first + chance.uniform(0, span_s) for _ in range(calls)]
+        futures = [
+            service.options(not_before=datetime.fromtimestamp(due, UTC))(due) for due in dues
+        ]
+        submitted_s = time.perf_counter() - started
+        late = sorted(future.result(span_s + 300) for future in futures)
+        peak_bytes = _peak_bytes(pid)
+    return {
+        "calls": calls,
+        "span_s": span_s,
+        "submitted_s": submitted_s,
+        "late_p50_ms": percentile(late, 0.5) * 1e3,
+        "late_p99_ms": percentile(late, 0.99) * 1e3,
+        "late_most_ms": late[-1] * 1e3,
+        "early": sum(seconds < 0 for seconds in late),
+        "peak_bytes": peak_bytes,
+    }
+
+
+def _peak_bytes(pid: int) -> int:
+    """The most memory that a process has had resident."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 def _timed(ledger: Any, arrivals: list[Any]) -> float:
@@ -161,4 +204,8 @@ def _median_s(work: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-FIGURES: dict[str, Callable[[Driver], Figure]] = {"history": history, "tracked": tracked}
+FIGURES: dict[str, Callable[[Driver], Figure]] = {
+    "delayed": delayed,
+    "history": history,
+    "tracked": tracked,
+}

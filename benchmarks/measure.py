@@ -44,6 +44,8 @@ class Settings:
     idle_s: float = 10.0
     nap_calls: int = 100
     history_calls: int = 1_000_000
+    delayed_calls: int = 100_000
+    delayed_s: float = 100.0
     long_nap_s: float = 5.0
     figure_limit_s: float = 120.0
     extra: dict[str, Any] = field(default_factory=dict)

@@ -47,6 +47,7 @@ OWN_FIGURES = (
     "flame_help",
     "history",
     "tracked",
+    "delayed",
 )
 REPEATED = ("cold", "sequential", "futures")
 PACKED = ("cold", "futures", "map_100k", "map_1m")
@@ -79,6 +80,8 @@ QUICK = Settings(
     idle_s=2.0,
     nap_calls=50,
     history_calls=100_000,
+    delayed_calls=5_000,
+    delayed_s=8.0,
     long_nap_s=1.0,
     figure_limit_s=40.0,
 )

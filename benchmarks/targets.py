@@ -31,6 +31,11 @@ def nap(seconds: float) -> float:
     return seconds
 
 
+def started_late(due: float) -> float:
+    """How many seconds after `due` (since 1970) this call has started."""
+    return time.time() - due
+
+
 def column_sum(array: Any, column: int) -> float:
     """Sum one column of a 2-D NumPy array, so that the call really touches the array."""
     return float(array[:, column].sum())

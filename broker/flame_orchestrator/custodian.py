@@ -11,11 +11,9 @@ import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from time import time
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -25,9 +23,10 @@ from flame_broker.frames import encode, identity, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
 from flame_broker.messages import ControlFrame, Deposit, ResultFrame
-from flame_broker.topology import custody_queue, tracked, work_queue
+from flame_broker.topology import custody_queue
 from flame_broker.transport import Delivery, Transport, Unroutable
-from flame_orchestrator.custody import Custody, Due, Fenced, Letter
+from flame_orchestrator.custody import Custody, Fenced, Letter
+from flame_orchestrator.timekeeper import InThread, Timekeeper
 
 __all__ = ["Custodian"]
 
@@ -39,14 +38,6 @@ _AHEAD: Final = 500
 _MOST: Final = 500
 _TICK_EVERY_S: Final = 2.0
 _SILENT_S: Final = 10.0
-_LOOK_EVERY_S: Final = 5.0
-"""A clock that jumps must not leave a timer asleep: so often the database is asked anyway."""
-
-
-class _InThread(Protocol):
-    """Runs blocking work in the one thread that writes."""
-
-    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
 
 
 class Custodian:
@@ -69,7 +60,7 @@ class Custodian:
         keyring: Keyring,
         key: Key,
         custody: Custody,
-        in_thread: _InThread,
+        in_thread: InThread,
         tell: Callable[[Mapping[str, set[int]]], None],
     ) -> None:
         self._transport = transport
@@ -84,7 +75,9 @@ class Custodian:
         self._heard_at = self._stepped_down_at = 0.0
         self._inbox: deque[Delivery] = deque()
         self._arrived = asyncio.Event()
-        self._changed = asyncio.Event()
+        self._time = Timekeeper(
+            transport, key, custody, in_thread, lambda: self._epoch, self._step_down
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -94,7 +87,7 @@ class Custodian:
             BrokerUnavailable: No broker answered in time.
         """
         await self._transport.declare(self._queue)
-        for work in (self._take_letters(), self._keep_time(), self._tick()):
+        for work in (self._take_letters(), self._tick(), self._time.load(), self._time.start()):
             self._spawn(work)
         await self._transport.consume(self._queue.name, self._on_letter, prefetch=_AHEAD)
 
@@ -145,13 +138,14 @@ class Custodian:
         if self._epoch is None:
             self._epoch = await self._in_thread(partial(self._custody.lead, self._holder))
             _log.info("custody.leads", key=self._key.hex_id, epoch=self._epoch)
-            self._changed.set()
+            self._time.look()
         return self._epoch
 
     def _step_down(self, reason: str) -> None:
         """Act no more until a letter arrives: then the broker has chosen us again."""
         _log.warning("custody.steps_down", key=self._key.hex_id, reason=reason)
         self._epoch = None
+        self._time.forget_all()
         self._stepped_down_at = asyncio.get_running_loop().time()
 
     @property
@@ -192,7 +186,7 @@ class Custodian:
             news = await self._in_thread(partial(self._custody.record, epoch, letters))
             _log.debug("custody.took", letters=len(letters), results=len(news.results))
             self._tell(news.ended)
-            self._changed.set()
+            self._time.look(news.ended)
             await asyncio.gather(*map(self._send, news.results))
         for delivery in taken:
             delivery.ack()
@@ -217,59 +211,3 @@ class Custodian:
         except Unroutable:
             # Its client is gone, or asks for it when it is back: the ledger has it.
             _log.info("reply_queue.gone", queue=frame.queue, remedy="the result is in the ledger")
-
-    # ── time ─────────────────────────────────────────────────────────────────
-
-    async def _keep_time(self) -> None:
-        backoff = Backoff()
-        while True:
-            try:
-                pause_s = await self._start_due()
-            except Fenced as news:
-                self._step_down(str(news))
-                pause_s = _LOOK_EVERY_S
-            except (SQLAlchemyError, FlameError) as problem:
-                _log.warning("custody.not_started", reason=str(problem), remedy="it tries again")
-                pause_s = backoff.next_s()
-            else:
-                backoff.reset()
-            await self._pause(pause_s)
-
-    async def _pause(self, pause_s: float) -> None:
-        """Until then, or until there is something new."""
-        try:
-            async with asyncio.timeout(pause_s):
-                await self._changed.wait()
-        except TimeoutError:
-            return
-        self._changed.clear()
-
-    async def _start_due(self) -> float:
-        """Queue what is due; the seconds until something may be due again."""
-        epoch = self._epoch
-        if epoch is None:
-            return _LOOK_EVERY_S
-        calls = await self._in_thread(partial(self._custody.due, time(), _MOST))
-        if calls:
-            await asyncio.gather(*map(self._queue_call, calls))
-            await self._in_thread(partial(self._custody.queued, epoch, calls))
-            _log.debug("custody.queued", calls=len(calls))
-            return 0.0
-        next_at = await self._in_thread(self._custody.next_due)
-        return _LOOK_EVERY_S if next_at is None else min(max(next_at - time(), 0), _LOOK_EVERY_S)
-
-    async def _queue_call(self, call: Due) -> None:
-        """Publish one attempt: its results come back to us, who tell the client."""
-        frame = replace(
-            call.frame,
-            reply=self._queue.name,
-            spec=replace(call.frame.spec, track=False),
-            attempt=call.attempt,
-            expires_at=time() + call.queue_timeout_s if call.queue_timeout_s else 0.0,
-        )
-        body = encode(frame, self._key)
-        try:
-            await self._transport.publish(frame.queue, body)
-        except Unroutable:
-            await self._transport.declare(tracked(work_queue(frame.queue), self._key.hex_id))
-            await self._transport.publish(frame.queue, body)

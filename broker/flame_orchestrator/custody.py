@@ -8,13 +8,14 @@ wait again. Whoever writes proves that he leads: an epoch that is not the latest
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from time import time
 from typing import Any, Final, NamedTuple, cast
 
 import msgpack
-from sqlalchemy import Connection, Engine, Row, and_, bindparam, delete, func, select, update
+from sqlalchemy import Connection, Engine, and_, bindparam, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from flame_broker import errors
@@ -65,12 +66,14 @@ class Due(NamedTuple):
     Attributes:
         id: Of its row.
         attempt: Which attempt this is.
+        due_at: In seconds since 1970.
         frame: As it was deposited: for its worker's queue, with the reply address of its client.
         queue_timeout_s: How long it may wait there; 0 for ever.
     """
 
     id: int
     attempt: int
+    due_at: float
     frame: CallFrame
     queue_timeout_s: float
 
@@ -131,29 +134,28 @@ class Custody:
         """
         with self._engine.begin() as connection:
             self._fence(connection, epoch)
-            session = _Session(connection, self._ledger, self._key, self._dialect)
-            for letter in letters:
-                session.take(letter)
-            return session.close()
+            return _Session(connection, self._ledger, self._key, self._dialect).take(letters)
 
-    def due(self, now: float, limit: int) -> list[Due]:
-        """The calls that wait and whose time has come, the longest overdue first."""
+    def due(self, before: float, limit: int) -> list[Due]:
+        """The calls that wait and whose time comes by then, the longest overdue first."""
         wanted = (
-            select(kept.c.id, kept.c.attempt, kept.c.body, kept.c.queue_timeout_s)
-            .where(self._waits(), kept.c.due_at <= now)
+            select(kept.c.id, kept.c.attempt, kept.c.due_at, kept.c.body, kept.c.queue_timeout_s)
+            .where(self._waits(), kept.c.due_at <= before)
             .order_by(kept.c.due_at)
             .limit(limit)
         )
         with self._engine.connect() as connection:
             return [
-                Due(row.id, row.attempt, _call_frame(row.body), row.queue_timeout_s)
+                Due(row.id, row.attempt, row.due_at, _call_frame(row.body), row.queue_timeout_s)
                 for row in connection.execute(wanted)
             ]
 
-    def next_due(self) -> float | None:
-        """When the next call is due, in seconds since 1970; None if none waits."""
+    def next_due(self, after: float) -> float | None:
+        """When the next call is due that is not due by then, in seconds since 1970."""
         with self._engine.connect() as connection:
-            found = connection.scalar(select(func.min(kept.c.due_at)).where(self._waits()))
+            found = connection.scalar(
+                select(func.min(kept.c.due_at)).where(self._waits(), kept.c.due_at > after)
+            )
             return None if found is None else float(found)
 
     def queued(self, epoch: int, calls: Iterable[Due]) -> None:
@@ -191,40 +193,134 @@ class Custody:
             raise Fenced(f"epoch {epoch} is over")
 
 
+@dataclass(slots=True)
+class _Kept:
+    """A row of ``kept``, as this transaction leaves it."""
+
+    id: int
+    client: str
+    counter: int
+    once: str | None
+    state: str
+    attempt: int
+    due_at: float
+    reason: str
+    retry: bytes | None
+    reply: str
+    body: bytes
+    ended_at: float | None
+    ended_by: bytes | None
+    changed: bool = False
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """How often and when it is tried again."""
+        if self.retry is None:
+            return RetryPolicy(1, 0.0, 1.0, jitter=False)
+        return RetryPolicy(*msgpack.unpackb(self.retry))
+
+    def wait_again(self, reason: str) -> None:
+        """Let another attempt follow."""
+        self.due_at = time() + _pause_s(self.policy, self.attempt)
+        self.state, self.attempt = CallState.WAITING.value, self.attempt + 1
+        self.reason, self.changed = reason, True
+
+    def end(self, final: Result, mark: bytes) -> None:
+        """Let this be the outcome."""
+        ending = ending_of(final)
+        assert ending is not None
+        self.state, self.ended_at = ending.state.value, time()
+        self.ended_by, self.changed = mark, True
+
+
+class _Follower(NamedTuple):
+    """A call that is about to get the outcome of another one."""
+
+    client: str
+    counter: int
+    reply: str
+    of_client: str
+    of_counter: int
+
+
 class _Session:
-    """One transaction: letters in, rows and results out."""
+    """One transaction: letters in, rows and results out.
+
+    A call's row is read once and written once, however many letters are about it: a statement
+    for each of them would take most of the time.
+    """
 
     def __init__(self, connection: Connection, ledger: Ledger, key: Key, dialect: Any) -> None:
         self._connection = connection
         self._ledger = ledger
         self._key = key
         self._dialect = dialect
+        self._known: dict[tuple[str, int], _Kept] = {}
         self._stories: list[Arrival] = []
         self._news = News()
-        self._followed: list[tuple[str, int, str, str, int]] = []
+        self._followed: list[_Follower] = []
 
-    def take(self, letter: Letter) -> None:
-        """Decide what one letter means."""
-        frame = letter.frame
-        if isinstance(frame, Deposit):
-            self._deposit(frame)
-        elif isinstance(frame, ResultFrame):
-            self._settle(frame, letter.mark)
-        elif frame.verb == "cancel":
-            self._cancel(frame.arguments, letter.mark)
+    def take(self, letters: Sequence[Letter]) -> News:
+        """Decide what letters mean. No other letter is about a call before its deposit is."""
+        others = [letter for letter in letters if not isinstance(letter.frame, Deposit)]
+        for letter in letters:
+            if isinstance(letter.frame, Deposit):
+                self._deposit(letter.frame)
+        self._load(others)
+        for letter in others:
+            if isinstance(letter.frame, ResultFrame):
+                self._settle(letter.frame, letter.mark)
+            elif isinstance(letter.frame, ControlFrame) and letter.frame.verb == "cancel":
+                self._cancel(letter.frame, letter.mark)
+        self._save()
+        return self._write_stories()
 
-    def close(self) -> News:
-        """Write the stories; what the followers of ended calls get is known then."""
-        self._news.ended = self._ledger.write(self._connection, self._stories)
+    # ── rows ─────────────────────────────────────────────────────────────────
+
+    def _load(self, letters: Iterable[Letter]) -> None:
+        wanted: dict[str, set[int]] = defaultdict(set)
+        for letter in letters:
+            client, counters = _about(letter.frame)
+            wanted[client] |= counters
+        columns = [kept.c[name.name] for name in fields(_Kept) if name.name in kept.c]
+        for client, counters in wanted.items():
+            among = and_(kept.c.client == client, kept.c.counter.in_(counters))
+            for row in self._connection.execute(select(*columns).where(among)):
+                self._known[client, row.counter] = _Kept(*row)
+
+    def _save(self) -> None:
+        changed = [row for row in self._known.values() if row.changed]
+        if not changed:
+            return
+        names = ("state", "attempt", "due_at", "reason", "ended_at", "ended_by")
+        statement = update(kept).where(kept.c.id == bindparam("row"))
+        self._connection.execute(
+            statement.values({name: bindparam(f"new_{name}") for name in names}),
+            [{"row": r.id, **{f"new_{n}": getattr(r, n) for n in names}} for r in changed],
+        )
+        ended = {r.id: r for r in changed if r.ended_at is not None and r.once is not None}
+        if ended:
+            gone = delete(followers).where(followers.c.of.in_(ended)).returning(followers)
+            for row in self._connection.execute(gone):
+                first = ended[row.of]
+                self._followed.append(
+                    _Follower(row.client, row.counter, row.reply, first.client, first.counter)
+                )
+
+    def _write_stories(self) -> News:
+        ended = dict(self._ledger.write(self._connection, self._stories))
         late: list[Arrival] = []
-        for client, counter, reply, original, number in self._followed:
-            outcome = outcome_of(self._connection, original, number)
+        for follower in self._followed:
+            outcome = outcome_of(self._connection, follower.of_client, follower.of_counter)
             if outcome is not None:
-                every = [r._replace(counter=counter) for r in (*outcome.items, outcome.final)]
-                late.append(self._tell(ResultFrame(reply, client, _OUR_NAME, tuple(every))))
+                every = (*outcome.items, outcome.final)
+                results = tuple(r._replace(counter=follower.counter) for r in every)
+                frame = ResultFrame(follower.reply, follower.client, _OUR_NAME, results)
+                late.append(self._tell(frame))
         if late:
-            more = self._ledger.write(self._connection, late)
-            self._news.ended = {**self._news.ended, **more}
+            for client, counters in self._ledger.write(self._connection, late).items():
+                ended[client] = ended.get(client, set()) | counters
+        self._news.ended = ended
         return self._news
 
     # ── deposits ─────────────────────────────────────────────────────────────
@@ -249,9 +345,8 @@ class _Session:
         if first is None or (first.client, first.counter) == (frame.client, counter):
             return  # the deposit itself came twice
         if first.ended_at is not None:
-            self._followed.append((
-                frame.client, counter, frame.reply, first.client, first.counter
-            ))  # fmt: skip
+            follower = _Follower(frame.client, counter, frame.reply, first.client, first.counter)
+            self._followed.append(follower)
             return
         row = {"client": frame.client, "counter": counter, "reply": frame.reply, "of": first.id}
         self._connection.execute(
@@ -261,93 +356,65 @@ class _Session:
     # ── results ──────────────────────────────────────────────────────────────
 
     def _settle(self, frame: ResultFrame, mark: bytes) -> None:
-        rows = self._rows(frame.client, {result.counter for result in frame.results})
         by_reply: dict[str, list[Result]] = {}
         for result in frame.results:
-            row = rows.get(result.counter)
+            row = self._known.get((frame.client, result.counter))
             if row is None:
                 continue
-            if result.status is not Status.ITEM:
-                final = self._final(row, result, frame.attempt, mark)
-                if final is None:
-                    continue
-                result = final  # noqa: PLW2901
-            elif row.ended_at is not None:
-                continue
-            by_reply.setdefault(row.reply, []).append(result)
+            told = _decide(row, result, frame.attempt, mark)
+            if told is not None:
+                by_reply.setdefault(row.reply, []).append(told)
         for reply, results in by_reply.items():
-            told = replace(frame, queue=reply, results=tuple(results))
-            self._stories.append(self._tell(told))
+            self._stories.append(self._tell(replace(frame, queue=reply, results=tuple(results))))
 
-    def _final(self, row: Row[Any], result: Result, attempt: int, mark: bytes) -> Result | None:
-        """What the client is told of the end of an attempt; None for nothing yet, or any more."""
-        if row.ended_at is not None:
-            # The very letter that ended it comes again: perhaps its client was never told.
-            return _as_final(result) if row.ended_by == mark else None
-        reason = _why_again(row, result)
-        if reason is None:
-            final = _as_final(result)
-            self._end(row, final, mark)
-            return final
-        if attempt != row.attempt:
-            return None  # late: the next attempt is under way
-        if row.attempt < _policy(row).attempts:
-            self._wait_again(row, reason)
-            return None
-        final = _as_final(result)
-        self._end(row, final, mark)
-        return final
-
-    def _wait_again(self, row: Row[Any], reason: str) -> None:
-        changes = {
-            "state": CallState.WAITING.value,
-            "attempt": row.attempt + 1,
-            "due_at": time() + _pause_s(_policy(row), row.attempt),
-            "reason": reason,
-        }
-        self._connection.execute(update(kept).where(kept.c.id == row.id).values(changes))
-
-    def _end(self, row: Row[Any], final: Result, mark: bytes) -> None:
-        ending = ending_of(final)
-        assert ending is not None
-        self._connection.execute(
-            update(kept)
-            .where(kept.c.id == row.id)
-            .values(state=ending.state.value, ended_at=time(), ended_by=mark)
-        )
-        gone = delete(followers).where(followers.c.of == row.id).returning(followers)
-        for follower in self._connection.execute(gone):
-            self._followed.append((
-                follower.client, follower.counter, follower.reply, row.client, row.counter
-            ))  # fmt: skip
-
-    # ── cancels ──────────────────────────────────────────────────────────────
-
-    def _cancel(self, arguments: Mapping[str, Any], mark: bytes) -> None:
-        client, numbers = str(arguments.get("client")), arguments.get("counters")
-        counters = {n for n in numbers if isinstance(n, int)} if isinstance(numbers, tuple) else ()
-        spare = bool(arguments.get("spare_running"))
-        for row in self._rows(client, set(counters)).values():
-            again = row.ended_by == mark
-            queued = row.state == CallState.QUEUED.value
-            if not again and (row.ended_at is not None or (spare and queued)):
+    def _cancel(self, frame: ControlFrame, mark: bytes) -> None:
+        client, counters = _about(frame)
+        spare = bool(frame.arguments.get("spare_running"))
+        for counter in sorted(counters):
+            row = self._known.get((client, counter))
+            if row is None or (spare and row.state == CallState.QUEUED.value):
+                continue
+            if row.ended_at is not None and row.ended_by != mark:
                 continue
             payload = encode_failure(CallCancelled, "cancelled in the orchestrator's custody")
-            final = Result(row.counter, Status.FAILED, payload)
-            if not again:
-                self._end(row, final, mark)
+            final = Result(counter, Status.FAILED, payload)
+            if row.ended_at is None:
+                row.end(final, mark)
             told = ResultFrame(row.reply, client, _OUR_NAME, (final,), row.attempt)
             self._stories.append(self._tell(told))
-
-    # ── both ─────────────────────────────────────────────────────────────────
 
     def _tell(self, frame: ResultFrame) -> Arrival:
         self._news.results.append(frame)
         return Arrival(frame, encode(frame, self._key))
 
-    def _rows(self, client: str, counters: set[int]) -> dict[int, Row[Any]]:
-        wanted = select(kept).where(kept.c.client == client, kept.c.counter.in_(counters))
-        return {row.counter: row for row in self._connection.execute(wanted)}
+
+def _about(frame: Deposit | ResultFrame | ControlFrame) -> tuple[str, set[int]]:
+    """Which calls a letter is about."""
+    if isinstance(frame, ResultFrame):
+        return frame.client, {result.counter for result in frame.results}
+    if isinstance(frame, ControlFrame):
+        numbers = frame.arguments.get("counters")
+        found = numbers if isinstance(numbers, tuple) else ()
+        return str(frame.arguments.get("client")), {n for n in found if isinstance(n, int)}
+    return frame.frame.client, {call.counter for call in frame.frame.calls}
+
+
+def _decide(row: _Kept, result: Result, attempt: int, mark: bytes) -> Result | None:
+    """What the client is told of a result; None for nothing yet, or any more."""
+    if row.ended_at is not None:
+        # The very letter that ended it comes again: perhaps its client was never told.
+        return _as_final(result) if row.ended_by == mark else None
+    if result.status is Status.ITEM:
+        return result
+    reason = _why_again(row, result)
+    if reason is not None and attempt != row.attempt:
+        return None  # late: the next attempt is under way
+    if reason is not None and row.attempt < row.policy.attempts:
+        row.wait_again(reason)
+        return None
+    final = _as_final(result)
+    row.end(final, mark)
+    return final
 
 
 def _kept_rows(deposit: Deposit, key: Key) -> list[dict[str, Any]]:
@@ -383,12 +450,6 @@ def _pack(policy: RetryPolicy) -> bytes:
     return cast(bytes, msgpack.packb(fields))
 
 
-def _policy(row: Row[Any]) -> RetryPolicy:
-    if row.retry is None:
-        return RetryPolicy(1, 0.0, 1.0, jitter=False)
-    return RetryPolicy(*msgpack.unpackb(row.retry))
-
-
 def _pause_s(policy: RetryPolicy, attempt: int) -> float:
     try:
         longest = min(policy.backoff_s * policy.factor ** (attempt - 1), _LONGEST_PAUSE_S)
@@ -397,7 +458,7 @@ def _pause_s(policy: RetryPolicy, attempt: int) -> float:
     return random.uniform(0, longest) if policy.jitter else longest
 
 
-def _why_again(row: Row[Any], result: Result) -> str | None:
+def _why_again(row: _Kept, result: Result) -> str | None:
     """Why the policy would try again after this; None if it would not.
 
     What the user's code raised was judged in the child, which has the classes.

@@ -138,7 +138,7 @@ def test_a_call_waits_until_it_is_due_and_is_queued_once(desk: Desk) -> None:
     assert [call.frame.calls[0].counter for call in desk.start_due()] == [2]
     assert desk.start_due() == []
     assert (desk.state(1), desk.state(2)) == ("waiting", "queued")
-    assert desk.custody.next_due() == pytest.approx(time() + 1000, abs=60)
+    assert desk.custody.next_due(time()) == pytest.approx(time() + 1000, abs=60)
     waiting = desk.history.calls(state=CallState.WAITING, limit=10)
     assert [facts["id"] for facts in waiting] == ["c-1"]
 
