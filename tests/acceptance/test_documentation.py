@@ -2,7 +2,7 @@
 
 A block is a whole program. A comment line above it says what is special about it:
 ``<!-- file: test_NAME.py -->`` is a test module for pytest, ``<!-- needs a cluster -->`` runs
-against RabbitMQ and a worker. A ``text`` block right below is what the program prints, to the
+against RabbitMQ, an orchestrator and a worker. A ``text`` block right below is what the program prints, to the
 letter. Other files are written beside each other for the ``sh`` blocks marked ``<!-- run -->``.
 """
 
@@ -97,6 +97,7 @@ def test_a_printed_program_runs_as_it_stands(program: Program, tmp_path: Path) -
 def test_a_printed_program_runs_on_a_cluster(
     program: Program, cluster: LabCluster, tmp_path: Path
 ) -> None:
+    cluster.orchestrator()
     cluster.worker("--slots", "1")
     program.run(tmp_path, cluster.environ)
 
