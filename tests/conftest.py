@@ -11,6 +11,7 @@ import pytest
 
 from lab import MissingService, RabbitNode, RedisServer, S3Server
 from lab.cluster import LabCluster
+from lab.rabbit_cluster import RabbitCluster
 from lab.s3 import CREDENTIALS
 
 pytest.register_assert_rewrite("contract")
@@ -67,6 +68,16 @@ def own_rabbit() -> Iterator[RabbitNode]:
         yield node.start()
     finally:
         node.close()
+
+
+@pytest.fixture(scope="module")
+def rabbit_cluster() -> Iterator[RabbitCluster]:
+    """Three RabbitMQ nodes that are one cluster: who kills one of them starts it again."""
+    cluster = started(RabbitCluster)
+    try:
+        yield cluster.start()
+    finally:
+        cluster.close()
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,13 @@ class Replies:
         pending: Who waits.
         released: Told of each settled call that took room in the window.
         unblock: Called when there is room again.
+
+    Attributes:
+        console: Prints what calls say.
+        log_book: Keeps it.
+        refused: What was not signed by a key of ours, counted.
+        last_result_s: When the last result came, by the monotonic clock.
+        lost_queues: Reply queues that were lost with their node; the present one takes their place.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class Replies:
         self.log_book = LogBook()
         self.refused: Counter[str] = Counter()
         self.last_result_s = 0.0
+        self.lost_queues: list[str] = []
         self._keyring = keyring
         self._pending = pending
         self._released = released
@@ -87,7 +95,7 @@ class Replies:
 
     def _open(self, delivery: Delivery, queue: str) -> Frame | None:
         try:
-            return decode(delivery.body, self._keyring, queue=queue)
+            return decode(delivery.body, self._keyring, queue=queue, also=self.lost_queues)
         except FlameError as exc:
             self._refuse(exc)
             return None
