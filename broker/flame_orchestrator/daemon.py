@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from time import time
 from typing import Final, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from flame_broker.backoff import Backoff
+from flame_broker.clock import Clock
 from flame_broker.connect import open_transport
 from flame_broker.errors import FlameError
 from flame_broker.frames import open_frame
@@ -80,6 +80,7 @@ class Orchestrator:
         self._writing: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
         self._leaving = False
+        self._clock = Clock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -178,7 +179,7 @@ class Orchestrator:
     async def _forget(self) -> None:
         """Forget what is too old or too much, from time to time."""
         while True:
-            oldest = time() - self.settings.keep.total_seconds()
+            oldest = self._clock.earliest() - self.settings.keep.total_seconds()
             work = partial(self._ledger.forget, before=oldest, keep_calls=self.settings.keep_calls)
             try:
                 forgotten = await self._in_thread(work)

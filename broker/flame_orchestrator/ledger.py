@@ -54,6 +54,7 @@ class Ledger:
         self._engine = engine
         self._dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
         self._widest: dict[str, int] = {}
+        self._latest = 0.0
 
     def record(self, arrivals: Sequence[Arrival]) -> Mapping[str, set[int]]:
         """Write frames down, all or none.
@@ -64,7 +65,7 @@ class Ledger:
         Raises:
             sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
         """
-        now = time()
+        now = self._now()
         calls = [(a.frame, a.body) for a in arrivals if isinstance(a.frame, CallFrame)]
         results = [(a.frame, a.body) for a in arrivals if isinstance(a.frame, ResultFrame)]
         ended = _ended((frame for frame, _ in results), now)
@@ -103,6 +104,14 @@ class Ledger:
             for table in (outcomes, failures):
                 gone += connection.execute(delete(table).where(table.c.ended_at < oldest)).rowcount
             return gone
+
+    def _now(self) -> float:
+        """The time of day; it stands still where the clock is set back.
+
+        So no call ends before it was queued, and rows stand in the order of their times.
+        """
+        self._latest = max(self._latest, time())
+        return self._latest
 
     def _wider(self, rows: Iterable[dict[str, Any]]) -> dict[str, int]:
         """The clients that have a wider frame now than any before, and how wide it is."""
