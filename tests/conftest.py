@@ -11,6 +11,7 @@ import pytest
 
 from lab import MissingService, RabbitNode, RedisServer, S3Server
 from lab.cluster import LabCluster
+from lab.postgres import PostgresServer
 from lab.rabbit_cluster import RabbitCluster
 from lab.s3 import CREDENTIALS
 
@@ -88,6 +89,21 @@ def s3() -> Iterator[S3Server]:
         yield started(server.start)
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server, which only ``make test-all`` insists on."""
+    try:
+        server = PostgresServer()
+    except MissingService as exc:
+        if os.environ.get("LAB_ALL"):
+            pytest.fail(str(exc))
+        pytest.skip(str(exc))
+    try:
+        yield server.start()
+    finally:
+        server.close()
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from flame_broker.messages import CallFrame, ControlFrame, ResultFrame
 from flame_broker.topology import calls_exchange, ledger_queue, questions_queue
 from flame_broker.transport import Delivery, QueueSpec, Transport
 from flame_orchestrator.answers import Answers
-from flame_orchestrator.database import open_database
+from flame_orchestrator.database import in_words, open_database
 from flame_orchestrator.history import History
 from flame_orchestrator.ledger import Arrival, Ledger
 
@@ -136,17 +136,26 @@ class Orchestrator:
             self._writing.add_done_callback(self._written)
 
     async def _write(self) -> None:
-        backoff = Backoff()
+        backoff, failing = Backoff(), False
         await asyncio.sleep(_GATHER_S)
         while self._inbox:
             taken = self._inbox[:_MOST_FRAMES]
             try:
                 ended = await self._in_thread(partial(self._record, taken))
             except SQLAlchemyError as problem:
-                _log.warning("ledger.write_failed", reason=str(problem), frames=len(taken))
+                failing = True
+                _log.warning(
+                    "ledger.write_failed",
+                    reason=in_words(problem),
+                    frames=len(self._inbox),
+                    remedy="see to the database; it is tried again, and the broker keeps the rest",
+                )
                 await asyncio.sleep(backoff.next_s())
                 continue
-            backoff.reset()
+            if failing:
+                backoff.reset()
+                failing = False
+                _log.info("ledger.writes_again", frames=len(self._inbox))
             del self._inbox[: len(taken)]
             for delivery in taken:
                 delivery.ack()
@@ -184,7 +193,7 @@ class Orchestrator:
             try:
                 forgotten = await self._in_thread(work)
             except SQLAlchemyError as problem:
-                _log.warning("ledger.not_forgotten", reason=str(problem))
+                _log.warning("ledger.not_forgotten", reason=in_words(problem))
             else:
                 if forgotten:
                     _log.info("ledger.forgot", rows=forgotten)
