@@ -11,6 +11,8 @@ import pytest
 
 from lab import MissingService, RabbitNode, RedisServer, S3Server
 from lab.cluster import LabCluster
+from lab.postgres import PostgresServer
+from lab.rabbit_cluster import RabbitCluster
 from lab.s3 import CREDENTIALS
 
 pytest.register_assert_rewrite("contract")
@@ -76,6 +78,16 @@ def own_rabbit() -> Iterator[RabbitNode]:
         node.close()
 
 
+@pytest.fixture(scope="module")
+def rabbit_cluster() -> Iterator[RabbitCluster]:
+    """Three RabbitMQ nodes that are one cluster: who kills one of them starts it again."""
+    cluster = started(RabbitCluster)
+    try:
+        yield cluster.start()
+    finally:
+        cluster.close()
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:
     """The run's S3 (and SQS) server, shared by all tests."""
@@ -84,6 +96,21 @@ def s3() -> Iterator[S3Server]:
         yield started(server.start)
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server, which only ``make test-all`` insists on."""
+    try:
+        server = PostgresServer()
+    except MissingService as exc:
+        if os.environ.get("LAB_ALL"):
+            pytest.fail(str(exc))
+        pytest.skip(str(exc))
+    try:
+        yield server.start()
+    finally:
+        server.close()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ to another queue, or changed in flight, does not hold (PROTOCOL.md, rule 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Final, NamedTuple, cast
 
 import msgpack
@@ -101,18 +101,23 @@ def encode(frame: Frame, key: Key) -> bytes:
     return prefix + sign(key, prefix, payload) + payload
 
 
-def decode(body: bytes, keyring: Keyring, *, queue: str | None = None) -> Frame:
+def decode(
+    body: bytes, keyring: Keyring, *, queue: str | None = None, also: Container[str] = ()
+) -> Frame:
     """Check and decode a frame; see ``open_frame``."""
-    return open_frame(body, keyring, queue=queue).frame
+    return open_frame(body, keyring, queue=queue, also=also).frame
 
 
-def open_frame(body: bytes, keyring: Keyring, *, queue: str | None = None) -> Opened:
+def open_frame(
+    body: bytes, keyring: Keyring, *, queue: str | None = None, also: Container[str] = ()
+) -> Opened:
     """Check and decode a frame.
 
     Args:
         body: What arrived.
         keyring: The keys whose signatures count.
         queue: Where it arrived; None to read a frame outside its queue (tools do).
+        also: Other queues whose frames may arrive there.
 
     Raises:
         MalformedMessage: Truncated, oversized, or not one of our records.
@@ -123,7 +128,7 @@ def open_frame(body: bytes, keyring: Keyring, *, queue: str | None = None) -> Op
     key = _find_key(body, keyring)
     verify(key, body[_PREFIX_BYTES:_BODY_AT], body[:_PREFIX_BYTES], memoryview(body)[_BODY_AT:])
     frame = _read(memoryview(body)[_BODY_AT:])
-    if queue is not None and frame.queue != queue:
+    if queue is not None and frame.queue != queue and frame.queue not in also:
         raise SignatureError(f"a frame signed for the queue {frame.queue!r} arrived in {queue!r}")
     return Opened(frame, key)
 

@@ -11,6 +11,7 @@ by 3.x and a missing one means 20 on 4.x, so a number that is never reached stan
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -115,9 +116,16 @@ def calls_exchange(key_id: str) -> str:
     return f"{_PREFIX}.{key_id}.calls"
 
 
-def tracked(queue: QueueSpec, key_id: str) -> QueueSpec:
-    """The same queue, reached through the calls exchange as well."""
-    return replace(queue, bindings=((calls_exchange(key_id), queue.name),))
+def tracked(queue: QueueSpec, key_id: str, *, also: Iterable[str] = ()) -> QueueSpec:
+    """The same queue, reached through the calls exchange as well.
+
+    Args:
+        queue: The queue.
+        key_id: Whose exchange.
+        also: Names of queues that are gone: what is sent to them comes here.
+    """
+    exchange = calls_exchange(key_id)
+    return replace(queue, bindings=tuple((exchange, name) for name in (queue.name, *also)))
 
 
 def ledger_queue(key_id: str) -> QueueSpec:
@@ -132,7 +140,8 @@ def questions_queue(key_id: str) -> QueueSpec:
     """Where the orchestrator takes questions; the one that leads answers (rule 11)."""
     return QueueSpec(
         f"{_PREFIX}.{key_id}.questions",
-        QueueKind.CLASSIC,
+        # Replicated, or nobody could ask while one node of the broker is away.
+        QueueKind.QUORUM,
         arguments={"x-single-active-consumer": True, "x-message-ttl": _QUESTION_TTL_MS},
     )
 

@@ -156,7 +156,10 @@ class Transport(Protocol):
         """What the broker last said it is, such as ``RabbitMQ 4.0.5``; ``""`` before ``open``."""
 
     on_reconnect: Callable[[], None] | None
-    """Called in the loop after a lost connection is back, queues and consumers included."""
+    """Called in the loop after a lost connection is back, queues and consumers included.
+
+    And when the broker ended a consumer, because its queue was lost.
+    """
 
     async def open(self, *, deadline_s: float = 10.0) -> None:
         """Connect.

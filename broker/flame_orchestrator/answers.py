@@ -23,6 +23,7 @@ from flame_broker.keys import Key
 from flame_broker.logs import get_logger
 from flame_broker.messages import ControlFrame, Plain, Result, parse_call_id
 from flame_broker.transport import Transport
+from flame_orchestrator.database import in_words
 from flame_orchestrator.history import History, Outcome
 from flame_orchestrator.states import CallState
 
@@ -80,8 +81,10 @@ class Answers:
 
         try:
             said = say(await question(asked, key))
-        except (FlameError, LookupError, ValueError, TypeError, SQLAlchemyError) as problem:
+        except (FlameError, LookupError, ValueError, TypeError) as problem:
             said = say({"problem": str(problem)})
+        except SQLAlchemyError as problem:
+            said = say({"problem": f"its database cannot be read: {in_words(problem)}"})
         try:
             await self._transport.publish(reply, said)
         except FlameError as problem:

@@ -23,9 +23,10 @@ from flame_broker.frames import encode, identity, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
 from flame_broker.messages import ControlFrame, Deposit, ResultFrame
-from flame_broker.topology import custody_queue
+from flame_broker.topology import calls_exchange, custody_queue
 from flame_broker.transport import Delivery, Transport, Unroutable
 from flame_orchestrator.custody import Custody, Fenced, Letter
+from flame_orchestrator.database import in_words
 from flame_orchestrator.timekeeper import InThread, Timekeeper
 
 __all__ = ["Custodian"]
@@ -36,6 +37,7 @@ T = TypeVar("T")
 
 _AHEAD: Final = 500
 _MOST: Final = 500
+_REMEDY: Final = "see to the database or the broker; it is tried again, and nothing is lost"
 _TICK_EVERY_S: Final = 2.0
 _SILENT_S: Final = 10.0
 
@@ -173,7 +175,7 @@ class Custodian:
                     self._inbox.extendleft(reversed(taken))
                     self._step_down(str(news))
                 except (SQLAlchemyError, FlameError) as problem:
-                    _log.warning("custody.not_taken", reason=str(problem), remedy="it tries again")
+                    _log.warning("custody.not_taken", reason=in_words(problem), remedy=_REMEDY)
                     self._inbox.extendleft(reversed(taken))
                     await asyncio.sleep(backoff.next_s())
                 else:
@@ -206,8 +208,11 @@ class Custodian:
         return None
 
     async def _send(self, frame: ResultFrame) -> None:
+        body = encode(frame, self._key)
         try:
-            await self._transport.publish(frame.queue, encode(frame, self._key))
+            await self._transport.publish(frame.queue, body)
         except Unroutable:
-            # Its client is gone, or asks for it when it is back: the ledger has it.
-            _log.info("reply_queue.gone", queue=frame.queue, remedy="the result is in the ledger")
+            # A queue that took the place of a lost one is bound by its name. If there is none, the
+            # client is gone, or asks for the result when it is back: the ledger has it.
+            exchange = calls_exchange(self._key.hex_id)
+            await self._transport.publish(frame.queue, body, exchange=exchange, mandatory=False)

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from time import time
 from typing import Final, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from flame_broker.backoff import Backoff
+from flame_broker.clock import Clock
 from flame_broker.connect import open_transport
 from flame_broker.errors import FlameError
 from flame_broker.frames import open_frame
@@ -26,7 +26,7 @@ from flame_broker.transport import Delivery, QueueSpec, Transport
 from flame_orchestrator.answers import Answers
 from flame_orchestrator.custodian import Custodian
 from flame_orchestrator.custody import Custody
-from flame_orchestrator.database import open_database
+from flame_orchestrator.database import in_words, open_database
 from flame_orchestrator.history import History
 from flame_orchestrator.ledger import Arrival, Ledger
 
@@ -82,6 +82,7 @@ class Orchestrator:
         self._writing: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
         self._leaving = False
+        self._clock = Clock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._custodians: list[Custodian] = []
 
@@ -153,17 +154,26 @@ class Orchestrator:
             self._writing.add_done_callback(self._written)
 
     async def _write(self) -> None:
-        backoff = Backoff()
+        backoff, failing = Backoff(), False
         await asyncio.sleep(_GATHER_S)
         while self._inbox:
             taken = self._inbox[:_MOST_FRAMES]
             try:
                 ended = await self._in_thread(partial(self._record, taken))
             except SQLAlchemyError as problem:
-                _log.warning("ledger.write_failed", reason=str(problem), frames=len(taken))
+                failing = True
+                _log.warning(
+                    "ledger.write_failed",
+                    reason=in_words(problem),
+                    frames=len(self._inbox),
+                    remedy="see to the database; it is tried again, and the broker keeps the rest",
+                )
                 await asyncio.sleep(backoff.next_s())
                 continue
-            backoff.reset()
+            if failing:
+                backoff.reset()
+                failing = False
+                _log.info("ledger.writes_again", frames=len(self._inbox))
             del self._inbox[: len(taken)]
             for delivery in taken:
                 delivery.ack()
@@ -196,12 +206,12 @@ class Orchestrator:
     async def _forget(self) -> None:
         """Forget what is too old or too much, from time to time."""
         while True:
-            oldest = time() - self.settings.keep.total_seconds()
+            oldest = self._clock.earliest() - self.settings.keep.total_seconds()
             work = partial(self._ledger.forget, before=oldest, keep_calls=self.settings.keep_calls)
             try:
                 forgotten = await self._in_thread(work)
             except SQLAlchemyError as problem:
-                _log.warning("ledger.not_forgotten", reason=str(problem))
+                _log.warning("ledger.not_forgotten", reason=in_words(problem))
             else:
                 if forgotten:
                     _log.info("ledger.forgot", rows=forgotten)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from flame_broker.errors import ConfigError
 
-__all__ = ["SCHEMA_VERSION", "default_url", "open_database"]
+__all__ = ["SCHEMA_VERSION", "default_url", "in_words", "open_database"]
 
 SCHEMA_VERSION: Final = "0002"
 """The last migration."""
 
 _MIGRATIONS: Final = Path(__file__).with_name("migrations")
-_LOCK_WAIT_MS: Final = 10_000
+# Whoever asks waits behind a write that waits for a lock; it is tried again anyhow.
+_LOCK_WAIT_MS: Final = 2_000
 
 
 def default_url(home: Path) -> str:
@@ -39,6 +42,8 @@ def open_database(url: str) -> Engine:
         engine = create_engine(parsed)
         if parsed.get_backend_name() == "sqlite":
             event.listen(engine, "connect", _prepare_sqlite)
+        else:
+            event.listen(engine, "connect", _prepare_postgresql)
         _migrate(engine)
     except (ArgumentError, NoSuchModuleError, ImportError) as exc:
         raise ConfigError(
@@ -49,11 +54,24 @@ def open_database(url: str) -> Engine:
     return engine
 
 
+def in_words(problem: Exception) -> str:
+    """What went wrong, on one line; of a statement what the database said, without its values."""
+    said = problem.orig if isinstance(problem, DBAPIError) else problem
+    return " ".join(str(said).split())
+
+
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
     # A write-ahead log lets readers go on beside the writer. FULL syncs it at each commit: what is
     # acked must outlive a power cut (sqlite.org/wal.html).
     for pragma in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={_LOCK_WAIT_MS}"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _prepare_postgresql(connection: DBAPIConnection, _record: Any) -> None:
+    # By default a write waits for a lock without end, and nobody hears of it.
+    with closing(connection.cursor()) as cursor:
+        cursor.execute(f"SET lock_timeout = {_LOCK_WAIT_MS}")
+    connection.commit()
 
 
 def _migrate(engine: Engine) -> None:

@@ -53,6 +53,7 @@ class Ledger:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
+        self._latest = 0.0
 
     def record(self, arrivals: Sequence[Arrival]) -> Mapping[str, set[int]]:
         """Write frames down, all or none.
@@ -68,7 +69,7 @@ class Ledger:
 
     def write(self, connection: Connection, arrivals: Sequence[Arrival]) -> Mapping[str, set[int]]:
         """The same, as a part of a transaction."""
-        now = time()
+        now = self._now()
         calls = [(a.frame, a.body) for a in arrivals if isinstance(a.frame, CallFrame)]
         results = [(a.frame, a.body) for a in arrivals if isinstance(a.frame, ResultFrame)]
         ended = _ended((frame for frame, _ in results), now)
@@ -104,6 +105,14 @@ class Ledger:
             for table in (outcomes, failures):
                 gone += connection.execute(delete(table).where(table.c.ended_at < oldest)).rowcount
             return gone
+
+    def _now(self) -> float:
+        """The time of day; it stands still where the clock is set back.
+
+        So no call ends before it was queued, and rows stand in the order of their times.
+        """
+        self._latest = max(self._latest, time())
+        return self._latest
 
     def _widen(self, connection: Connection, widest: Mapping[str, int]) -> None:
         for client, width in widest.items():

@@ -27,6 +27,7 @@ from flame_broker.objects import REF_BYTES
 from flame_broker.topology import custody_queue, tracked, work_queue
 from flame_broker.transport import Transport, Unroutable
 from flame_orchestrator.custody import Custody, Due, Fenced
+from flame_orchestrator.database import in_words
 
 __all__ = ["InThread", "Timekeeper"]
 
@@ -107,7 +108,7 @@ class Timekeeper:
                 self._fenced(str(news))
                 pause_s = _LOOK_EVERY_S
             except (SQLAlchemyError, FlameError) as problem:
-                _log.warning("custody.not_read", reason=str(problem), remedy="it tries again")
+                _log.warning("custody.not_read", reason=in_words(problem))
                 pause_s = backoff.next_s()
             else:
                 backoff.reset()
@@ -164,7 +165,7 @@ class Timekeeper:
         try:
             await self._publish(frame)
         except FlameError as problem:
-            _log.warning("custody.not_started", reason=str(problem), remedy="it tries again")
+            _log.warning("custody.not_started", reason=str(problem))
             self._taken -= {(due.id, due.attempt) for due in calls}
         else:
             self._queued += calls

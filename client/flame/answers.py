@@ -26,10 +26,12 @@ class Answers:
 
     Attributes:
         refused: How many frames did not hold, by the kind of fault.
+        lost_queues: Reply queues that were lost with their node; the present one takes their place.
     """
 
     def __init__(self, keyring: Keyring) -> None:
         self.refused: Counter[str] = Counter()
+        self.lost_queues: list[str] = []
         self._keyring = keyring
         self._listeners: list[Callable[[ControlFrame], None]] = []
 
@@ -56,7 +58,7 @@ class Answers:
     def open(self, delivery: Delivery, queue: str) -> Frame | None:
         """The frame, or None where its signature for ``queue`` does not hold."""
         try:
-            return decode(delivery.body, self._keyring, queue=queue)
+            return decode(delivery.body, self._keyring, queue=queue, also=self.lost_queues)
         except FlameError as exc:
             self._refuse(exc)
             return None

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from functools import partial
-from itertools import count
+from itertools import chain, count, repeat
 from time import monotonic
 from typing import Final, Protocol, TypeVar
 
@@ -44,6 +44,7 @@ _DRAIN_S: Final = 5.0
 _LAST_WORDS_S: Final = 0.15  # workers send output up to 50 ms after the result it belongs to
 _REPLIES_AHEAD: Final = 512
 _RECONCILE_AFTER_S: Final = (0.5, 3.0, 10.0, 30.0)
+_RECONCILE_EVERY_S: Final = 60.0
 _MOST_MISSING: Final = 10_000
 _EVENTS_AHEAD: Final = 64
 
@@ -334,7 +335,10 @@ class Courier:
 
     def _reply_queue(self) -> QueueSpec:
         queue = reply_queue(self._key.hex_id, self._client_id, self._epoch)
-        return tracked(queue, self._key.hex_id) if self.reaches_workers else queue
+        if not self.reaches_workers:
+            return queue
+        # Calls that were published before the loss still answer to the address they carry.
+        return tracked(queue, self._key.hex_id, also=self.answers.lost_queues)
 
     def _reconnected(self) -> None:
         if self._reconnecting is not None:
@@ -342,25 +346,38 @@ class Courier:
         self._reconnecting = self._loop.create_task(self._check_reply_queue())
 
     async def _check_reply_queue(self) -> None:
-        """The queue may have expired while we slept: then results come to the next epoch's."""
+        """The queue may be down with its node: then results come to the next epoch's."""
         try:
-            await self._transport.declare(self._reply_queue())
+            await self._declare_reply_queue()
+            if self._sender.reply != self._reply_queue().name:
+                await self._listen()
         except BrokerUnavailable:
             return  # lost again; the next reconnect comes here
-        except FlameError as exc:
-            _log.warning("reply_queue.lost", epoch=self._epoch, reason=str(exc))
-            self._epoch += 1
-            await self._listen()
         await self._reconcile()
+
+    async def _declare_reply_queue(self) -> None:
+        queue = self._reply_queue()
+        try:
+            await self._transport.declare(queue)
+        except BrokerUnavailable:
+            raise
+        except FlameError as exc:
+            _log.warning("reply_queue.lost", queue=queue.name, reason=str(exc))
+            self.answers.lost_queues.append(queue.name)
+            self._epoch += 1
 
     async def _reconcile(self) -> None:
         """Have results sent again that our queue lost, or that came while there was none.
 
-        What the ledger has yet to hear of is asked for a little later.
+        What the ledger has yet to hear of is asked for a little later. Calls that answer to a queue
+        that is lost are asked for until they have ended, since their results may be written down at
+        any time, also by an orchestrator that was lost with that queue's node.
         """
-        for pause_s in _RECONCILE_AFTER_S:
+        published = [n for n, r in [*self.pending.records.items()] if r.published]
+        later = repeat(_RECONCILE_EVERY_S) if self.answers.lost_queues else ()
+        for pause_s in chain(_RECONCILE_AFTER_S, later):
             await asyncio.sleep(pause_s)
-            missing = [n for n, r in [*self.pending.records.items()] if r.published]
+            missing = [n for n in published if n in self.pending.records]
             if not missing:
                 return
             try:
@@ -369,7 +386,6 @@ class Courier:
                 )
             except FlameError as exc:
                 _log.info("reply_queue.not_reconciled", reason=str(exc))
-                return
 
     def _keep(self, work: Coroutine[None, None, None]) -> None:
         task = self._loop.create_task(work)

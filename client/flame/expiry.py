@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from time import time
 from typing import Final
 
 from flame.inquiry import Inquiry
 from flame.lanes import Lane, Pending
+from flame_broker.clock import elapsed
 from flame_broker.errors import CallExpired, FlameError
 from flame_broker.logs import get_logger
 
@@ -30,12 +30,12 @@ _log = get_logger("flame.client")
 class _Timed:
     """The calls of one published frame."""
 
-    expires_at: float
+    due: float
     lane: Lane
     counters: tuple[int, ...]
 
     def __lt__(self, other: _Timed) -> bool:
-        return self.expires_at < other.expires_at
+        return self.due < other.due
 
 
 class Expiry:
@@ -64,14 +64,14 @@ class Expiry:
         self._timer: asyncio.TimerHandle | None = None
         self._asking: set[asyncio.Task[None]] = set()
 
-    def watch(self, lane: Lane, counters: Iterable[int], expires_at: float) -> None:
-        """See that the calls of a frame do not wait longer than this.
+    def watch(self, lane: Lane, counters: Iterable[int], due: float) -> None:
+        """See that the calls of a frame do not wait longer than this, by ``clock.elapsed``.
 
         Where workers cannot be asked what they have started, they alone enforce it.
         """
         if not self._inquiry.reaches_workers:
             return
-        timed = _Timed(expires_at, lane, tuple(counters))
+        timed = _Timed(due, lane, tuple(counters))
         heappush(self._timed, timed)
         if len(self._timed) > self._sweep_at:
             self._sweep()
@@ -96,13 +96,13 @@ class Expiry:
             self._timer.cancel()
             self._timer = None
         if self._timed:
-            delay_s = max(0.0, self._timed[0].expires_at - time())
+            delay_s = max(0.0, self._timed[0].due - elapsed())
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
 
     def _look(self) -> None:
         due: list[_Timed] = []
-        now = time()
-        while self._timed and self._timed[0].expires_at <= now:
+        now = elapsed()
+        while self._timed and self._timed[0].due <= now:
             due.append(heappop(self._timed))
         self._set_timer()
         if self._unsettled(due):
@@ -120,7 +120,7 @@ class Expiry:
         except FlameError as exc:
             _log.info("expiry.not_asked", reason=str(exc))
             for timed in due:
-                self.watch(timed.lane, timed.counters, time() + _AGAIN_S)
+                self.watch(timed.lane, timed.counters, elapsed() + _AGAIN_S)
             return
         for timed in due:
             self._fail([n for n in timed.counters if n not in running], self._story(timed.lane))

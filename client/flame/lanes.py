@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 from flame.packaging import PackedTarget
 from flame.window import Gate, Window
+from flame_broker.clock import elapsed
 from flame_broker.messages import (
     FRAME_BYTES,
     FRAME_CALLS,
@@ -142,23 +142,23 @@ class Lane:
     def put(self, call: Call) -> None:
         """Queue a call for packing."""
         if self.queue_timeout_s:
-            self.born.append(time.time())
+            self.born.append(elapsed())
         self.outbox.append(call)
 
     def put_all(self, calls: list[Call]) -> None:
         """Queue several."""
         if self.queue_timeout_s:
-            self.born.extend([time.time()] * len(calls))
+            self.born.extend([elapsed()] * len(calls))
         self.outbox.extend(calls)
 
     def take(self, room: int, records: dict[int, Record]) -> tuple[list[Call], float]:
-        """The calls of the next frame, and when they expire (0 for never).
+        """The calls of the next frame, and when they expire by ``clock.elapsed`` (0 for never).
 
         Calls that were cancelled meanwhile are left out.
         """
         calls: list[Call] = []
         outbox, timed = self.outbox, self.queue_timeout_s
-        nbytes, expires_at, most = 0, 0.0, min(room, self.frame_calls)
+        nbytes, first_due, most = 0, 0.0, min(room, self.frame_calls)
         while outbox and len(calls) < most:
             counter, payload, refs = call = outbox[0]
             nbytes += len(payload) + len(refs) * REF_BYTES
@@ -166,13 +166,13 @@ class Lane:
                 break
             if timed:
                 due = self.born[0] + timed
-                if calls and due - expires_at > _SAME_EXPIRY_S:
+                if calls and due - first_due > _SAME_EXPIRY_S:
                     break
                 self.born.popleft()
-                expires_at = expires_at or due
+                first_due = first_due or due
             outbox.popleft()
             record = records.get(counter)
             if record is not None:
                 record.published = counter
                 calls.append(call)
-        return calls, expires_at
+        return calls, first_due

@@ -22,6 +22,11 @@ class Replies:
         pending: Who waits.
         released: Told of each settled call that took room in the window.
         unblock: Called when there is room again.
+
+    Attributes:
+        console: Prints what calls say.
+        log_book: Keeps it.
+        last_result_s: When the last result came, by the monotonic clock.
     """
 
     def __init__(

@@ -10,11 +10,12 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from time import time
+from time import monotonic
 from typing import Final
 
 from flame.expiry import Expiry
 from flame.lanes import NO_TERMS, Lane, Pending, Record
+from flame_broker.clock import Clock, elapsed
 from flame_broker.errors import (
     CallExpired,
     ConfigError,
@@ -79,6 +80,7 @@ class Sender:
         self._pending = pending
         self._wake = wake
         self._upload = upload
+        self._clock = Clock()
         self._busy: deque[Lane] = deque()
         self._stuck: list[Lane] = []
         self._declared: set[str] = set()
@@ -121,15 +123,15 @@ class Sender:
 
     async def get_ready(self, timeout_s: float) -> None:
         """Wait until no lane is being made ready for its first frame."""
-        deadline = time() + timeout_s
-        while self._preparations and time() < deadline:
-            await asyncio.wait([*self._preparations], timeout=deadline - time())
+        deadline = monotonic() + timeout_s
+        while self._preparations and monotonic() < deadline:
+            await asyncio.wait([*self._preparations], timeout=deadline - monotonic())
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until what may be sent is sent and confirmed."""
-        deadline = time() + timeout_s
-        while (waiting := {*self._in_flight, *self._preparations}) and time() < deadline:
-            await asyncio.wait(waiting, timeout=deadline - time())
+        deadline = monotonic() + timeout_s
+        while (waiting := {*self._in_flight, *self._preparations}) and monotonic() < deadline:
+            await asyncio.wait(waiting, timeout=deadline - monotonic())
             self.flush()
         if self._watching is not None:
             self._watching.cancel()
@@ -205,14 +207,15 @@ class Sender:
         return room if lane.gate is None else min(room, lane.gate.room)
 
     def _send_frame(self, lane: Lane) -> None:
-        calls, expires_at = lane.take(self._room(lane), self._pending.records)
+        calls, due = lane.take(self._room(lane), self._pending.records)
         if not calls:
             return
         if lane.keeping is None:
             self._pending.window.inside += len(calls)
         if lane.gate is not None:
             lane.gate.inside += len(calls)
-        if expires_at and time() >= expires_at:
+        left_s = due - elapsed()
+        if due and left_s <= 0:
             self._fail(calls, CallExpired("it waited in the client longer than its queue timeout"))
             return
         frame = CallFrame(
@@ -221,7 +224,7 @@ class Sender:
             client=self._client_id,
             spec=lane.spec,
             calls=tuple(calls),
-            expires_at=expires_at,
+            expires_at=self._clock.latest() + left_s if due else 0.0,
         )
         try:
             body = encode(self._addressed(lane, frame), self._key)
@@ -229,8 +232,8 @@ class Sender:
             self._fail(calls, exc)
         else:
             self._publish(lane, calls, body, again=lane.keeping is None)
-            if expires_at:
-                self.expiry.watch(lane, [call.counter for call in calls], expires_at)
+            if due:
+                self.expiry.watch(lane, [call.counter for call in calls], due)
 
     def _addressed(self, lane: Lane, frame: CallFrame) -> CallFrame | Deposit:
         """What is published of it: the frame itself, or a deposit with the orchestrator."""

@@ -2,8 +2,9 @@
 
 A block is a whole program. A comment line above it says what is special about it:
 ``<!-- file: test_NAME.py -->`` is a test module for pytest, ``<!-- needs a cluster -->`` runs
-against RabbitMQ, an orchestrator and a worker. A ``text`` block right below is what the program prints, to the
-letter. Other files are written beside each other for the ``sh`` blocks marked ``<!-- run -->``.
+against RabbitMQ, an orchestrator and a worker. A ``text`` block right below is what the program
+prints, to the letter. Other files are written beside each other for the ``sh`` blocks marked
+``<!-- run -->``.
 """
 
 from __future__ import annotations

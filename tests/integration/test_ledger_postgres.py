@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-
-import pytest
+from collections.abc import Iterable
 
 from flame_broker.codec import encode_value
 from flame_broker.errors import WorkerLost
@@ -16,26 +13,10 @@ from flame_orchestrator.database import open_database
 from flame_orchestrator.history import History
 from flame_orchestrator.ledger import Arrival, Ledger
 from flame_orchestrator.states import CallState
-from lab import MissingService
 from lab.bench import KEYRING
 from lab.postgres import PostgresServer
 
 QUEUE = "flame.v1.0a0b0c0d.default.c1.normal"
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    """A server, which only ``make test-all`` insists on."""
-    try:
-        server = PostgresServer()
-    except MissingService as exc:
-        if os.environ.get("LAB_ALL"):
-            pytest.fail(str(exc))
-        pytest.skip(str(exc))
-    try:
-        yield server.start()
-    finally:
-        server.close()
 
 
 def queued(counters: Iterable[int]) -> Arrival:

@@ -86,9 +86,11 @@ class LabCluster:
         self.workers.append(started)
         return started
 
-    def orchestrator(self, *options: str) -> Process:
+    def orchestrator(self, *options: str, **environ: str) -> Process:
         """Start an orchestrator and wait until it listens."""
-        started = Process([_BIN / "flame-orchestrator", "-v", *options], env=self.environ)
+        started = Process(
+            [_BIN / "flame-orchestrator", "-v", *options], env={**self.environ, **environ}
+        )
         self.orchestrators.append(started)
         wait_until(
             lambda: "orchestrator.ready" in started.output() or not started.running,

@@ -41,6 +41,7 @@ class RabbitNode:
         config: Extra lines for ``rabbitmq.conf``, such as ``{"consumer_timeout": "5000"}``.
         management: Run the management plugin. It makes virtual hosts in milliseconds; without it
             each costs a second or more, but the node is leaner (benchmarks).
+        joins: A running node whose cluster this one becomes a part of when it first starts.
 
     With ``LAB_RABBIT=4`` in the environment it is a RabbitMQ 4 out of a folder (``lab.debian``),
     else the one that this machine has.
@@ -52,7 +53,13 @@ class RabbitNode:
         ...     node.start()
     """
 
-    def __init__(self, *, config: Mapping[str, str] | None = None, management: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        config: Mapping[str, str] | None = None,
+        management: bool = True,
+        joins: RabbitNode | None = None,
+    ) -> None:
         self.port = free_port()
         self.management_port = free_port()
         self._dist_port = free_port()
@@ -60,7 +67,9 @@ class RabbitNode:
         self._management = management
         self._config = dict(config or {})
         self._programs = _newer_programs() if os.environ.get("LAB_RABBIT") == "4" else _programs()
-        self._epmd_port = free_port()
+        self._joins = joins
+        self.cookie: str = joins.cookie if joins else secrets.token_hex(16)
+        self.epmd_port: int = joins.epmd_port if joins else free_port()
         self._epmd: Process | None = None
         self._server: Process | None = None
         self.folder = Path(tempfile.mkdtemp(prefix="flame-rabbit-"))
@@ -90,7 +99,7 @@ class RabbitNode:
     def start(self) -> Self:
         """Start the node on its old data, and wait until it serves."""
         if not self.running:
-            if self._epmd is None or not self._epmd.running:
+            if self._joins is None and (self._epmd is None or not self._epmd.running):
                 self._epmd = self._start_epmd()
             self._server = Process(
                 self._programs.command(self._programs.server),
@@ -246,7 +255,7 @@ class RabbitNode:
 
     def _write_folder(self) -> None:
         cookie = self.folder / ".erlang.cookie"
-        cookie.write_text(secrets.token_hex(16))
+        cookie.write_text(self.cookie)
         cookie.chmod(0o400)
         settings = {
             "listeners.tcp.1": f"127.0.0.1:{self.port}",
@@ -258,6 +267,10 @@ class RabbitNode:
         if self._management:
             settings["management.tcp.ip"] = "127.0.0.1"
             settings["management.tcp.port"] = str(self.management_port)
+        if self._joins is not None:
+            settings["cluster_formation.peer_discovery_backend"] = "classic_config"
+            for number, name in enumerate((self._joins.name, self.name), 1):
+                settings[f"cluster_formation.classic_config.nodes.{number}"] = name
         settings |= self._config
         text = "".join(f"{name} = {value}\n" for name, value in settings.items())
         (self.folder / "rabbitmq.conf").write_text(text)
@@ -278,7 +291,7 @@ class RabbitNode:
         return inherited | {
             "HOME": folder,
             "LC_ALL": "C.UTF-8",  # the locale of this machine may be unknown in another system
-            "ERL_EPMD_PORT": str(self._epmd_port),
+            "ERL_EPMD_PORT": str(self.epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
@@ -298,12 +311,12 @@ class RabbitNode:
         }
 
     def _start_epmd(self) -> Process:
-        options = ["-port", str(self._epmd_port), "-address", "127.0.0.1"]
+        options = ["-port", str(self.epmd_port), "-address", "127.0.0.1"]
         epmd = Process(
             [*self._programs.command(self._programs.epmd), *options],
             log=self.folder / "epmd.out",
         )
-        wait_until(lambda: answers(self._epmd_port), describe="epmd answers")
+        wait_until(lambda: answers(self.epmd_port), describe="epmd answers")
         return epmd
 
     def _await_startup(self, server: Process) -> None:

@@ -191,7 +191,7 @@ def test_old_unfinished_files_are_removed_at_start(
     make_cache(tmp_path)
     assert left.exists(), "it may be another process's"
     now_s = time.time()
-    monkeypatch.setattr(time, "time", lambda: now_s + 7200)
+    monkeypatch.setattr(time, "time", lambda: now_s + 2 * 24 * 3600)
     make_cache(tmp_path)
     assert not left.exists()
 

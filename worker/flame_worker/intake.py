@@ -11,6 +11,7 @@ from itertools import chain
 from time import time
 from typing import Final
 
+from flame_broker.clock import Clock
 from flame_broker.errors import (
     CallCancelled,
     CallError,
@@ -95,6 +96,7 @@ class Intake:
         self._looking: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = True
+        self._clock = Clock()
 
     # ── queues ───────────────────────────────────────────────────────────────
 
@@ -377,7 +379,7 @@ class Intake:
 
     def _late(self, holding: Holding) -> bool:
         expires_at = holding.frame.expires_at
-        if not expires_at or time() < expires_at:
+        if not expires_at or self._clock.earliest() < expires_at:
             return False
         reason = "it waited longer than its queue timeout"
         self._outbox.failure(holding, holding.take_waiting(), CallExpired, reason)

@@ -269,11 +269,11 @@ class Outbox:
         *,
         first: bool = False,
     ) -> None:
-        again = partial(self._reply, record, body, key, settle, "")
+        again = partial(self._reply, record, body, key, settle, exchange)
         lost = partial(self._to_ledger, record, key, settle)
         otherwise = partial(self._later, record.queue, again, lost, first=first)
         if exchange:  # a queue may be there without its binding
-            otherwise = partial(again, first=True)
+            otherwise = partial(self.publish, record.queue, body, settle, otherwise=otherwise)
         self.publish(record.queue, body, settle, exchange=exchange, otherwise=otherwise)
 
     def _later(

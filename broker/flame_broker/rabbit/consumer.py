@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from types import MappingProxyType
 from typing import Any, Final
@@ -132,6 +132,7 @@ class _Lane:
             if self.is_idle:
                 self._consumers.release(self)
             self._consumers.revive(consumer, "cancelled by the broker")
+            self._consumers.on_cancelled()
 
     def _on_refused(self, error: ChannelRefused) -> None:
         consumer, self.consumer = self.consumer, None
@@ -197,15 +198,25 @@ class RabbitConsumer:
 
 
 class Consumers:
-    """The consuming half of a transport: every consumer, on whichever connection there is."""
+    """The consuming half of a transport: every consumer, on whichever connection there is.
 
-    def __init__(self, up: asyncio.Event, topology: Topology) -> None:
+    Args:
+        up: Set while there is a connection.
+        topology: Declares the queue of a consumer again.
+        on_cancelled: Called when the broker has ended a consumer: its queue is gone, or down with
+            its node, while our connection to another node stands.
+    """
+
+    def __init__(
+        self, up: asyncio.Event, topology: Topology, on_cancelled: Callable[[], None]
+    ) -> None:
+        self.on_cancelled = on_cancelled
         self._up = up
         self._topology = topology
         self._connection: Connection | None = None
         self._running: set[RabbitConsumer] = set()
         self._idle: list[_Lane] = []
-        self._revivals: set[asyncio.Task[None]] = set()
+        self._revivals: dict[RabbitConsumer, asyncio.Task[None]] = {}
 
     async def consume(
         self, queue: str, on_delivery: OnDelivery, prefetch: int, deadline_s: float
@@ -263,20 +274,25 @@ class Consumers:
             self._idle.append(lane)
 
     def revive(self, consumer: RabbitConsumer, reason: str) -> None:
-        """Start a consumer again whose connection still stands."""
-        if consumer in self._running:
+        """Start a consumer again whose connection still stands.
+
+        Each attempt that is refused comes here again: one revival goes on, or they would double.
+        """
+        under_way = self._revivals.get(consumer)
+        if consumer in self._running and (under_way is None or under_way.done()):
             _log.warning("consumer_lost", queue=consumer.queue, reason=reason)
             task = asyncio.get_running_loop().create_task(self._revive(consumer))
-            self._revivals.add(task)
-            task.add_done_callback(self._revivals.discard)
+            self._revivals[consumer] = task
+            task.add_done_callback(lambda ended: self._revived(consumer, ended))
 
     async def close(self) -> None:
         """Forget all consumers; their channels go with the connection."""
         self._running.clear()
-        for task in self._revivals:
+        revivals = [*self._revivals.values()]
+        for task in revivals:
             task.cancel()
-        if self._revivals:
-            await asyncio.wait(tuple(self._revivals))
+        if revivals:
+            await asyncio.wait(revivals)
 
     async def watch(self) -> None:
         """Restart, for ever, consumers that get nothing although their queue has messages.
@@ -321,6 +337,10 @@ class Consumers:
                 lane.abandon()
                 raise
             consumer.lane = lane
+
+    def _revived(self, consumer: RabbitConsumer, ended: asyncio.Task[None]) -> None:
+        if self._revivals.get(consumer) is ended:
+            del self._revivals[consumer]
 
     async def _revive(self, consumer: RabbitConsumer) -> None:
         backoff = Backoff(cap_s=30.0)

@@ -64,7 +64,7 @@ class RabbitTransport:
         )
         self._publisher = Publisher(trouble=self._trouble, on_refused=self._outbound.disturb)
         self._topology = Topology(self._inbound.up, self._trouble)
-        self._consumers = Consumers(self._inbound.up, self._topology)
+        self._consumers = Consumers(self._inbound.up, self._topology, self._tell_reconnected)
         self._watch: asyncio.Task[None] | None = None
         self._interrupted = False
 
@@ -175,8 +175,12 @@ class RabbitTransport:
         if self.connected:
             self._publisher.resume()
             interrupted, self._interrupted = self._interrupted, False
-            if interrupted and self.on_reconnect is not None:
-                self.on_reconnect()
+            if interrupted:
+                self._tell_reconnected()
+
+    def _tell_reconnected(self) -> None:
+        if self.on_reconnect is not None:
+            self.on_reconnect()
 
     def _on_link_down(self) -> None:
         self._interrupted = True

@@ -34,7 +34,7 @@ __all__ = ["NodeCache", "Pin"]
 
 _log = get_logger("flame.broker")
 
-_ABANDONED_S = 3600.0
+_ABANDONED_S = 24 * 3600.0  # more than a clock is set by
 """An unfinished file that nobody has written to for so long belongs to a process that is gone."""
 
 _KEEP_SHARE = 0.9
