@@ -84,6 +84,7 @@ class Orchestrator:
         self._leaving = False
         self._clock = Clock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._custodies: list[Custody] = []
         self._custodians: list[Custodian] = []
 
     async def start(self) -> None:
@@ -132,11 +133,13 @@ class Orchestrator:
         await self._transport.consume(questions.name, self._on_question, prefetch=_QUESTIONS_AHEAD)
 
     async def _keep_calls(self, key: Key, engine: Engine) -> None:
+        custody = Custody(engine, self._ledger, key)
+        self._custodies.append(custody)
         custodian = Custodian(
             self._transport,
             self.settings.keyring,
             key,
-            Custody(engine, self._ledger, key),
+            custody,
             self._in_thread,
             self._answers.tell,
         )
@@ -207,15 +210,19 @@ class Orchestrator:
         """Forget what is too old or too much, from time to time."""
         while True:
             oldest = self._clock.earliest() - self.settings.keep.total_seconds()
-            work = partial(self._ledger.forget, before=oldest, keep_calls=self.settings.keep_calls)
             try:
-                forgotten = await self._in_thread(work)
+                forgotten = await self._in_thread(partial(self._delete, oldest))
             except SQLAlchemyError as problem:
                 _log.warning("ledger.not_forgotten", reason=in_words(problem))
             else:
                 if forgotten:
                     _log.info("ledger.forgot", rows=forgotten)
             await asyncio.sleep(_FORGET_EVERY_S)
+
+    def _delete(self, oldest: float) -> int:
+        keep = self.settings.keep_calls
+        kept = sum(custody.forget(before=oldest) for custody in self._custodies)
+        return kept + self._ledger.forget(before=oldest, keep_calls=keep)
 
     # ── questions ────────────────────────────────────────────────────────────
 
