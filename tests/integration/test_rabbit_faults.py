@@ -272,3 +272,20 @@ class TestClosing:
 
 async def depth_is(transport: RabbitTransport, count: int) -> bool:
     return await transport.depth(QUEUE) == count
+
+
+async def test_a_consumer_that_is_refused_has_one_revival_until_its_queue_is_back(
+    opened: Open, rabbit_vhost: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner, other = await opened(rabbit_vhost), await opened(rabbit_vhost)
+    await owner.declare(QueueSpec("work", QueueKind.CLASSIC))
+    inbox, told = Inbox(), count_reconnects(other)
+    await other.consume("work", inbox, prefetch=1)
+    await owner.delete("work")
+    await eventually(lambda: told, 10)
+    revivals = lambda: [t for t in asyncio.all_tasks() if "_revive" in repr(t.get_coro())]  # noqa: E731
+    await eventually(lambda: caplog.text.count("consumer_lost") >= 6, 30)
+    assert len(revivals()) == 1
+    await owner.declare(QueueSpec("work", QueueKind.CLASSIC))
+    await owner.publish("work", b"x")
+    await eventually(lambda: inbox.bodies, 30)

@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Final
 
@@ -26,6 +27,13 @@ MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 _PERSISTENT: Final = spec.BasicProperties(delivery_mode=2)
 _TRANSIENT: Final = spec.BasicProperties(delivery_mode=1)
 _NACK_PAUSE_S: Final = 0.25
+_RENEW_AT: Final = frozenset({12, 48, 192, 768})
+"""After so many refusals of one message, 3 s to 3 min, a new channel is tried.
+
+Seen on 3.10: a channel opened while a quorum queue elects its leader, since a node was killed, may
+have all that it sends there refused for ever, and the same message goes through on another one.
+"""
+
 _NEVER: Final = float("inf")
 _ACCESS_REFUSED: Final = 403
 _NOT_FOUND: Final = 404
@@ -44,6 +52,7 @@ class _Message:
     properties: spec.BasicProperties
     mandatory: bool
     deadline: float
+    refusals: int = 0
 
     def fail(self, error: FlameError) -> None:
         if not self.future.done():
@@ -115,7 +124,7 @@ class Publisher:
     async def restore(self, connection: Connection) -> None:
         """Open a channel in confirm mode on a new connection; nothing is sent before ``resume``."""
         channel = await RabbitChannel.open(connection)
-        await channel.call(channel.raw.confirm_delivery, self._on_confirm)
+        await channel.call(channel.raw.confirm_delivery, partial(self._on_confirm, channel))
         channel.on_refused = self._on_channel_refused
         channel.raw.add_on_return_callback(self._on_return)
         connection.raw.add_on_connection_blocked_callback(self._on_blocked)
@@ -177,7 +186,9 @@ class Publisher:
             self._tag += 1
             self._sent[self._tag] = message
 
-    def _on_confirm(self, frame: Any) -> None:
+    def _on_confirm(self, channel: RabbitChannel, frame: Any) -> None:
+        if channel is not self._channel:
+            return  # given up: its tags are those of other messages now
         method = frame.method
         acked = type(method) is spec.Basic.Ack
         tag = method.delivery_tag
@@ -198,14 +209,28 @@ class Publisher:
             message.future.set_result(None)
         else:
             self._waiting.append(message)  # a full queue or a failed node: try until its deadline
+            message.refusals += 1
             if self._retrier is None:
                 loop = asyncio.get_running_loop()
                 self._retrier = loop.call_later(_NACK_PAUSE_S, self._retry)
 
     def _retry(self) -> None:
         self._retrier = None
-        if self._flowing:
+        if not self._flowing:
+            return
+        if any(message.refusals in _RENEW_AT for message in self._waiting):
+            self._renew()
+        else:
             self.resume()
+
+    def _renew(self) -> None:
+        """Send everything again on a new channel."""
+        channel = self._channel
+        _log.warning("publish_refused", reason=f"{len(self._waiting)} messages, again and again")
+        self.suspend()
+        if channel is not None and channel.is_open:
+            channel.raw.close()
+        self._on_refused()
 
     def _on_return(self, _channel: object, method: Any, _properties: object, body: bytes) -> None:
         """Fail the oldest message that looks like this one: their confirms come later, in bulk."""
