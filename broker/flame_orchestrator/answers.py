@@ -33,6 +33,7 @@ _log = get_logger("flame.orchestrator")
 
 _MOST_ROWS: Final = 10_000
 _LONGEST_WAIT_S: Final = 60.0
+_MOST_CANCELLED: Final = 100_000  # as many as a worker remembers
 
 T = TypeVar("T")
 Arguments = Mapping[str, Any]
@@ -58,6 +59,7 @@ class Answers:
             "story": self._story,
             "outcome": self._outcome,
             "again": self._again,
+            "cancelled": self._cancelled,
         }
 
     def tell(self, ended: Mapping[str, set[int]]) -> None:
@@ -149,6 +151,15 @@ class Answers:
         for frame in frames:
             await self._transport.publish(reply, encode(replace(frame, queue=reply), key))
         return {"frames": len(frames)}
+
+    async def _cancelled(self, asked: Arguments, key: Key) -> dict[str, Plain]:
+        """What a worker must not start that was not there when it was cancelled."""
+        found = await self._read(self._history.cancelled)
+        room, told = _MOST_CANCELLED, list[Plain]()
+        for client, counters in found.items():
+            told.append((client, tuple(sorted(counters)[:room])))
+            room = max(0, room - len(counters))
+        return {"cancelled": tuple(told)}
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

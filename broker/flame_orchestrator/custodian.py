@@ -23,7 +23,7 @@ from flame_broker.frames import encode, identity, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
 from flame_broker.messages import ControlFrame, Deposit, ResultFrame
-from flame_broker.topology import calls_exchange, custody_queue
+from flame_broker.topology import calls_exchange, control_exchange, custody_queue
 from flame_broker.transport import Delivery, Transport, Unroutable
 from flame_orchestrator.custody import Custody, Fenced, Letter
 from flame_orchestrator.database import in_words
@@ -189,7 +189,7 @@ class Custodian:
             _log.debug("custody.took", letters=len(letters), results=len(news.results))
             self._tell(news.ended)
             self._time.look(news.ended)
-            await asyncio.gather(*map(self._send, news.results))
+            await asyncio.gather(*map(self._send, news.results), *map(self._say_again, letters))
         for delivery in taken:
             delivery.ack()
 
@@ -206,6 +206,17 @@ class Custodian:
             return Letter(frame, identity(delivery.body))
         _log.warning("custody.refused", reason="calls that nobody has deposited")
         return None
+
+    async def _say_again(self, letter: Letter) -> None:
+        """Tell the workers of a cancel, now that it is written down.
+
+        One that was connected only after its client said it has asked us before, or hears it now.
+        """
+        frame = letter.frame
+        if isinstance(frame, ControlFrame):
+            exchange = control_exchange(self._key.hex_id)
+            body = encode(ControlFrame(exchange, frame.verb, frame.arguments), self._key)
+            await self._transport.publish("", body, exchange=exchange, mandatory=False)
 
     async def _send(self, frame: ResultFrame) -> None:
         body = encode(frame, self._key)

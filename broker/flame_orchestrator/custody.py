@@ -34,11 +34,12 @@ from flame_broker.messages import (
 from flame_broker.outcomes import describe, encode_failure
 from flame_orchestrator.history import outcome_of
 from flame_orchestrator.ledger import Arrival, Ledger
-from flame_orchestrator.schema import followers, kept, leaders
+from flame_orchestrator.schema import followers, kept, leaders, tombstones
 from flame_orchestrator.states import CallState, ending_of
 
 __all__ = ["Custody", "Due", "Fenced", "Letter", "News"]
 
+_TOMBSTONE_S: Final = 7 * 24 * 3600.0  # as long as the ledger queue keeps what it has
 _LONGEST_PAUSE_S: Final = 24 * 3600.0
 _OUR_NAME: Final = "orchestrator"
 _NEVER_AGAIN: Final = (CallCancelled, CallExpired, Quarantined)
@@ -180,6 +181,7 @@ class Custody:
     def forget(self, *, before: float) -> int:
         """Delete what ended earlier, in seconds since 1970; how many rows that were."""
         with self._engine.begin() as connection:
+            connection.execute(delete(tombstones).where(tombstones.c.until < time()))
             old = and_(kept.c.key_id == self._key.hex_id, kept.c.ended_at < before)
             return connection.execute(delete(kept).where(old)).rowcount
 
@@ -370,6 +372,7 @@ class _Session:
     def _cancel(self, frame: ControlFrame, mark: bytes) -> None:
         client, counters = _about(frame)
         spare = bool(frame.arguments.get("spare_running"))
+        self._bury(client, counters, mark)
         for counter in sorted(counters):
             row = self._known.get((client, counter))
             if row is None or (spare and row.state == CallState.QUEUED.value):
@@ -382,6 +385,17 @@ class _Session:
                 row.end(final, mark)
             told = ResultFrame(row.reply, client, _OUR_NAME, (final,), row.attempt)
             self._stories.append(self._tell(told))
+
+    def _bury(self, client: str, counters: set[int], mark: bytes) -> None:
+        """Remember them for workers that are not there to hear of it."""
+        row = {
+            "mark": mark,
+            "client": client,
+            "counters": msgpack.packb(sorted(counters)),
+            "until": time() + _TOMBSTONE_S,
+        }
+        insert = self._dialect.insert(tombstones).values(row)
+        self._connection.execute(insert.on_conflict_do_nothing())
 
     def _tell(self, frame: ResultFrame) -> Arrival:
         self._news.results.append(frame)

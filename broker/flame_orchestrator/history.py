@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Engine, Row, Select, select
+import msgpack
+from sqlalchemy import Connection, Engine, Row, Select, and_, select
 
 from flame_broker.frames import reread
 from flame_broker.messages import Result, ResultFrame, Status, call_id, parse_call_id
-from flame_orchestrator.schema import batches, failures, kept, outcomes
+from flame_orchestrator.schema import batches, failures, kept, outcomes, tombstones
 from flame_orchestrator.spans import Span, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
 
@@ -79,6 +80,15 @@ class History:
         """The outcome itself; None while the call has not ended."""
         with self._engine.connect() as connection:
             return outcome_of(connection, client, counter)
+
+    def cancelled(self) -> dict[str, set[int]]:
+        """The counters of cancelled calls that a worker may still come upon, by client."""
+        found: dict[str, set[int]] = defaultdict(set)
+        with self._engine.connect() as connection:
+            for row in connection.execute(select(tombstones)):
+                found[row.client] |= {*msgpack.unpackb(row.counters)}
+            left = {c: numbers - _ended_of(connection, c, numbers) for c, numbers in found.items()}
+        return {client: counters for client, counters in left.items() if counters}
 
     def frames_about(self, client: str, counters: Iterable[int]) -> list[ResultFrame]:
         """The results of these calls of a client, in the frames that brought them."""
@@ -248,6 +258,20 @@ def _batch_of(connection: Connection, client: str, counter: int) -> Row[Any] | N
         if Span.load(row.first, row.last, row.counters).bits([counter]):
             return row
     return None
+
+
+def _ended_of(connection: Connection, client: str, counters: set[int]) -> set[int]:
+    """Those of a client's calls whose end is known from a worker.
+
+    One in our custody ends with its cancel, and what was queued of it is in its queue still.
+    """
+    ended: set[int] = set()
+    near = overlapping(batches, client, min(counters, default=0), max(counters, default=0))
+    for row in connection.execute(select(batches).where(near)):
+        span = Span.load(row.first, row.last, row.counters)
+        ended.update(span.picked(int.from_bytes(row.done, "little")))
+    ours = and_(kept.c.client == client, kept.c.state == CallState.CANCELLED.value)
+    return (ended & counters).difference(connection.scalars(select(kept.c.counter).where(ours)))
 
 
 def _has_ended(batch: Row[Any], counter: int) -> bool:

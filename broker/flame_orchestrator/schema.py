@@ -30,6 +30,7 @@ __all__ = [
     "leaders",
     "metadata",
     "outcomes",
+    "tombstones",
 ]
 
 metadata: Final = MetaData()
@@ -154,3 +155,13 @@ leaders: Final = Table(
     Column("since", Float, nullable=False),
 )
 """Who leads, for each cluster key; a writer of an older epoch is refused (PROTOCOL.md, rule 11)."""
+
+tombstones: Final = Table(
+    "tombstones",
+    metadata,
+    Column("mark", LargeBinary, primary_key=True),  # the signature of the letter that cancelled
+    Column("client", Text, nullable=False),
+    Column("counters", LargeBinary, nullable=False),  # msgpack
+    Column("until", Float, nullable=False, index=True),
+)
+"""Calls that were cancelled: workers that come later must not start them (rule 10)."""

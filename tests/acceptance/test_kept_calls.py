@@ -13,7 +13,9 @@ import pytest
 
 import flame
 from flame.errors import NoOrchestrator, WorkerLost
+from lab import RabbitNode
 from lab.cluster import LabCluster
+from lab.rabbit_client import drop_connection
 from lab.wait import wait_until
 
 SOON = timedelta(milliseconds=20)
@@ -56,6 +58,24 @@ def die(folder: str, name: object) -> int:
 def started_at(folder: str, name: object) -> float:
     note(folder, name)
     return time.time()
+
+
+def hold(release: str) -> bool:
+    """Run until told."""
+    Path(release).with_name("held").touch()
+    while not Path(release).exists():
+        time.sleep(0.01)
+    return True
+
+
+def _tombstones(client: flame.Client) -> object:
+    """What the orchestrator tells a new worker not to start."""
+    return client.session.courier.ask(lambda inquiry: inquiry.ask("cancelled"))["cancelled"]
+
+
+def _state(client: flame.Client, call: str) -> object:
+    story = client.story(call)
+    return None if story is None else story["state"]
 
 
 def runs_of(folder: Path, name: object) -> int:
@@ -163,6 +183,40 @@ def test_what_needs_time_waits_for_an_orchestrator_that_is_down_and_the_rest_goe
         assert not kept.done()
         cluster.orchestrator()
         assert kept.get(timeout=30) == (2, 2)
+
+
+def test_a_cancel_holds_for_workers_that_come_later_and_for_those_that_come_back(
+    cluster: LabCluster, rabbit: RabbitNode, tmp_path: Path
+) -> None:
+    cluster.orchestrator()
+    marks = str(tmp_path)
+    with cluster.client() as client, flame.Runner("t", client=client) as runner:
+        service = runner.service(note)
+        cancelled, kept = service(marks, "cancelled"), service(marks, "kept")
+        wait_until(lambda: client.story(cancelled.id), 15)
+        ours = service.options(key="ours")(marks, "ours")
+        wait_until(lambda: _state(client, ours.id) == "queued", 15)
+        assert cancelled.cancel()
+        assert ours.cancel()
+        wait_until(lambda: _state(client, ours.id) == "cancelled", 15)
+        cluster.worker("--slots", "1")
+        assert kept.get(timeout=30) == 1
+        wait_until(lambda: _state(client, cancelled.id) == "cancelled", 15)
+        # What a worker has ended needs none; ours may still be in a queue, for all we know.
+        assert _tombstones(client) == ((ours.id.partition("-")[0], (3,)),)
+
+        release = tmp_path / "release"
+        busy = runner.service(hold)(str(release))
+        wait_until((tmp_path / "held").exists, 15)
+        behind = service(marks, "behind")
+        drop_connection(rabbit, "consumer", of='flame-worker [^"]+', url=cluster.broker_url)
+        assert behind.cancel()
+        wait_until(lambda: _state(client, behind.id) == "cancelled", 15)
+        release.touch()
+        assert busy.get(timeout=30) is True
+        assert service(marks, "last").get(timeout=30) == 1
+    assert [runs_of(tmp_path, name) for name in ("cancelled", "ours")] == [0, 0]
+    assert runs_of(tmp_path, "behind") == 0
 
 
 @pytest.mark.timeout(180)

@@ -43,6 +43,7 @@ from flame_worker.pool import SlotPool
 from flame_worker.slots import Slot, SlotSettings
 from flame_worker.spool import Spool
 from flame_worker.spool_folder import SpoolFolder
+from flame_worker.tombstones import Tombstones
 
 __all__ = ["Worker", "WorkerSettings"]
 
@@ -120,7 +121,7 @@ class Worker:
         store = open_store(settings.store_url) if settings.store_url else None
         self._spool_folder = SpoolFolder(settings.home / "spool", settings.name)
         self._outbox = Outbox(self._transport, settings.name)
-        self._transport.on_reconnect = self._outbox.reconnected
+        self._transport.on_reconnect = self._reconnected
         self._spool = Spool(store, cache, self._outbox)
         self._dispatcher = Dispatcher(self._outbox, self._spool)
         self._pool = self._dispatcher.pool = SlotPool(self._capacity, self._gpus, self._make_slot)
@@ -133,6 +134,9 @@ class Worker:
             self._dispatcher,
         )
         self._dispatcher.intake = self._intake
+        self._tombstones = Tombstones(
+            self._transport, settings.keyring, settings.name, self._intake.cancel
+        )
         self._bridge = Bridge(self._connect, settings.keyring, self._dispatcher.set_waiting)
         self._chores: set[asyncio.Task[None]] = set()
         self._leaving: asyncio.Task[None] | None = None
@@ -152,6 +156,7 @@ class Worker:
         await self._transport.open()
         await self._bridge.start()
         await asyncio.gather(self._pool.start(self._default_slots()), self._listen())
+        await self._tombstones.learn()
         await self._intake.add_class(DEFAULT_CLASS, with_suspects=True)
         await self._follow_classes()
         self._chore(self._report_health())
@@ -281,7 +286,8 @@ class Worker:
     def _on_control(self, source: str, delivery: Delivery) -> None:
         delivery.ack()
         try:
-            frame, key = open_frame(delivery.body, self.settings.keyring, queue=source)
+            ear = delivery.queue  # answers come to it straight
+            frame, key = open_frame(delivery.body, self.settings.keyring, queue=source, also=(ear,))
         except FlameError as problem:
             _log.warning("control.refused", reason=str(problem))
             return
@@ -298,6 +304,7 @@ class Worker:
             "expire": self._expire,
             "class": self._learn_class,
             "drain": self._drain_if_named,
+            "answer": self._tombstones.take,
         }
 
     def _answer_hello(self, frame: ControlFrame, key: Key) -> None:
@@ -313,6 +320,11 @@ class Worker:
             _counters(frame),
             spare_running=bool(frame.arguments.get("spare_running")),
         )
+
+    def _reconnected(self) -> None:
+        """We may have missed what was said meanwhile."""
+        self._outbox.reconnected()
+        self._chore(self._tombstones.learn())
 
     def _expire(self, frame: ControlFrame, key: Key) -> None:
         client, reply = (str(frame.arguments.get(name, "")) for name in ("client", "reply"))

@@ -47,3 +47,10 @@ def upgrade() -> None:
         sa.Column("holder", sa.Text, nullable=False),
         sa.Column("since", sa.Float, nullable=False),
     )
+    op.create_table(
+        "tombstones",
+        sa.Column("mark", sa.LargeBinary, primary_key=True),
+        sa.Column("client", sa.Text, nullable=False),
+        sa.Column("counters", sa.LargeBinary, nullable=False),
+        sa.Column("until", sa.Float, nullable=False, index=True),
+    )
