@@ -49,7 +49,7 @@ test-all: test  ## Run all tests, then those against PostgreSQL and RabbitMQ 4 (
 .PHONY: soak
 soak: $(VENV)/.dev  ## Run the stories that take many minutes (LAB_PAUSE_S=20 shortens them)
 	@tools/require rabbitmq-server=rabbitmq-server
-	@$(BIN)/python -m pytest -m soak $(ARGS)
+	@$(BIN)/python -m pytest tests/soak tests/acceptance -m soak $(ARGS)
 
 .PHONY: unit
 unit: $(VENV)/.dev  ## Run the tests that need no service
