@@ -36,16 +36,18 @@ def orchestrator(system: FlameSystem, database: str) -> Iterator[int]:
     """A ``flame-orchestrator`` beside the measured broker, ready; its process id."""
     program = Path(sys.executable).with_name("flame-orchestrator")
     environ = {**os.environ, **system.environment(), "FLAME_DATABASE_URL": database}
-    with subprocess.Popen([program, "-v"], env=environ, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr is not None
-        for line in run.stderr:
-            if "orchestrator.ready" in line:
-                break
+    with (
+        tempfile.NamedTemporaryFile() as said,  # a pipe would fill, and stop it
+        subprocess.Popen([program, "-v"], env=environ, stderr=said) as run,
+    ):
+        deadline = time.monotonic() + READY_S
         try:
+            while "orchestrator.ready" not in (words := Path(said.name).read_text()):
+                assert run.poll() is None and time.monotonic() < deadline, words
+                time.sleep(0.02)
             yield run.pid
         finally:
             run.terminate()
-            run.stderr.close()
 
 
 def tracked(driver: Driver) -> Figure:

@@ -47,7 +47,7 @@ class Settings:
     delayed_calls: int = 100_000
     delayed_s: float = 100.0
     long_nap_s: float = 5.0
-    figure_limit_s: float = 120.0
+    figure_limit_s: float = 200.0
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
