@@ -43,7 +43,8 @@ def orchestrator(system: FlameSystem, database: str) -> Iterator[int]:
         deadline = time.monotonic() + READY_S
         try:
             while "orchestrator.ready" not in (words := Path(said.name).read_text()):
-                assert run.poll() is None and time.monotonic() < deadline, words
+                assert run.poll() is None, words
+                assert time.monotonic() < deadline, words
                 time.sleep(0.02)
             yield run.pid
         finally:

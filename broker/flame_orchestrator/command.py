@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flame-orchestrator",
-        description="Keep the story of every call for `flame ps`, `show` and `result`, and the calls\n"
-        "that need time: those to be tried again, later, or once.",
+        description="Keep the story of every call for `flame ps`, `show` and `result`, and the\n"
+        "calls that need time: those to be tried again, later, or once.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
