@@ -40,6 +40,7 @@ __all__ = [
     "Suspicion",
     "Target",
     "call_id",
+    "is_plain",
     "parse_call_id",
 ]
 
@@ -334,3 +335,8 @@ def parse_call_id(text: str) -> tuple[str, int]:
     if not dash or not client or not counter.isdecimal():
         raise ValueError(f"{text!r} is not a call id; expected <client>-<number>, as 'k3j9-17'")
     return client, int(counter)
+
+
+def is_plain(text: str) -> bool:
+    """Whether every database and terminal takes a text: no zeros, no halves of characters."""
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)

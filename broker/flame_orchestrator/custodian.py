@@ -203,8 +203,10 @@ class Custodian:
         if isinstance(frame, ControlFrame) and frame.verb != "cancel":
             return None
         if isinstance(frame, Deposit | ResultFrame | ControlFrame):
-            return Letter(frame, identity(delivery.body))
-        _log.warning("custody.refused", reason="calls that nobody has deposited")
+            letter = Letter(frame, identity(delivery.body))
+            if letter.can_be_kept:
+                return letter
+        _log.warning("custody.refused", reason="no letter, or with what no database can hold")
         return None
 
     async def _say_again(self, letter: Letter) -> None:

@@ -7,7 +7,6 @@ wait again. Whoever writes proves that he leads: an epoch that is not the latest
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,8 +17,7 @@ import msgpack
 from sqlalchemy import Connection, Engine, and_, bindparam, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from flame_broker import errors
-from flame_broker.errors import CallCancelled, CallExpired, FlameError, Quarantined
+from flame_broker.errors import CallCancelled
 from flame_broker.frames import encode, reread
 from flame_broker.keys import Key
 from flame_broker.messages import (
@@ -30,19 +28,21 @@ from flame_broker.messages import (
     ResultFrame,
     RetryPolicy,
     Status,
+    is_plain,
 )
-from flame_broker.outcomes import describe, encode_failure
+from flame_broker.outcomes import encode_failure
+from flame_orchestrator.attempts import Kept, decide
 from flame_orchestrator.history import outcome_of
 from flame_orchestrator.ledger import Arrival, Ledger
 from flame_orchestrator.schema import followers, kept, leaders, tombstones
-from flame_orchestrator.states import CallState, ending_of
+from flame_orchestrator.states import CallState
 
 __all__ = ["Custody", "Due", "Fenced", "Letter", "News"]
 
 _TOMBSTONE_S: Final = 7 * 24 * 3600.0  # as long as the ledger queue keeps what it has
-_LONGEST_PAUSE_S: Final = 24 * 3600.0
+_MOST_AT_ONCE: Final = 10_000  # SQLite takes 32,766 values (sqlite.org/limits.html)
+_HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
 _OUR_NAME: Final = "orchestrator"
-_NEVER_AGAIN: Final = (CallCancelled, CallExpired, Quarantined)
 
 
 class Fenced(Exception):  # it says what happened to whoever gets it
@@ -59,6 +59,15 @@ class Letter(NamedTuple):
 
     frame: Deposit | ResultFrame | ControlFrame
     mark: bytes
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether any database takes its texts and numbers; no client of ours sends others."""
+        client, counters = _about(self.frame)
+        texts = [client]
+        if isinstance(self.frame, Deposit):
+            texts += [self.frame.frame.reply, *self.frame.keys]
+        return all(map(is_plain, texts)) and all(0 <= n <= _HIGHEST for n in counters)
 
 
 class Due(NamedTuple):
@@ -195,46 +204,6 @@ class Custody:
             raise Fenced(f"epoch {epoch} is over")
 
 
-@dataclass(slots=True)
-class _Kept:
-    """A row of ``kept``, as this transaction leaves it."""
-
-    id: int
-    client: str
-    counter: int
-    once: str | None
-    state: str
-    attempt: int
-    due_at: float
-    reason: str
-    retry: bytes | None
-    reply: str
-    body: bytes
-    ended_at: float | None
-    ended_by: bytes | None
-    changed: bool = False
-
-    @property
-    def policy(self) -> RetryPolicy:
-        """How often and when it is tried again."""
-        if self.retry is None:
-            return RetryPolicy(1, 0.0, 1.0, jitter=False)
-        return RetryPolicy(*msgpack.unpackb(self.retry))
-
-    def wait_again(self, reason: str) -> None:
-        """Let another attempt follow."""
-        self.due_at = time() + _pause_s(self.policy, self.attempt)
-        self.state, self.attempt = CallState.WAITING.value, self.attempt + 1
-        self.reason, self.changed = reason, True
-
-    def end(self, final: Result, mark: bytes) -> None:
-        """Let this be the outcome."""
-        ending = ending_of(final)
-        assert ending is not None
-        self.state, self.ended_at = ending.state.value, time()
-        self.ended_by, self.changed = mark, True
-
-
 class _Follower(NamedTuple):
     """A call that is about to get the outcome of another one."""
 
@@ -257,7 +226,7 @@ class _Session:
         self._ledger = ledger
         self._key = key
         self._dialect = dialect
-        self._known: dict[tuple[str, int], _Kept] = {}
+        self._known: dict[tuple[str, int], Kept] = {}
         self._stories: list[Arrival] = []
         self._news = News()
         self._followed: list[_Follower] = []
@@ -284,11 +253,14 @@ class _Session:
         for letter in letters:
             client, counters = _about(letter.frame)
             wanted[client] |= counters
-        columns = [kept.c[name.name] for name in fields(_Kept) if name.name in kept.c]
+        columns = [kept.c[name.name] for name in fields(Kept) if name.name in kept.c]
         for client, counters in wanted.items():
-            among = and_(kept.c.client == client, kept.c.counter.in_(counters))
-            for row in self._connection.execute(select(*columns).where(among)):
-                self._known[client, row.counter] = _Kept(*row)
+            ordered = sorted(counters)
+            for first in range(0, len(ordered), _MOST_AT_ONCE):
+                some = ordered[first : first + _MOST_AT_ONCE]
+                among = and_(kept.c.client == client, kept.c.counter.in_(some))
+                for row in self._connection.execute(select(*columns).where(among)):
+                    self._known[client, row.counter] = Kept(*row)
 
     def _save(self) -> None:
         changed = [row for row in self._known.values() if row.changed]
@@ -363,7 +335,7 @@ class _Session:
             row = self._known.get((frame.client, result.counter))
             if row is None:
                 continue
-            told = _decide(row, result, frame.attempt, mark)
+            told = decide(row, result, frame.attempt, mark)
             if told is not None:
                 by_reply.setdefault(row.reply, []).append(told)
         for reply, results in by_reply.items():
@@ -413,24 +385,6 @@ def _about(frame: Deposit | ResultFrame | ControlFrame) -> tuple[str, set[int]]:
     return frame.frame.client, {call.counter for call in frame.frame.calls}
 
 
-def _decide(row: _Kept, result: Result, attempt: int, mark: bytes) -> Result | None:
-    """What the client is told of a result; None for nothing yet, or any more."""
-    if row.ended_at is not None:
-        # The very letter that ended it comes again: perhaps its client was never told.
-        return _as_final(result) if row.ended_by == mark else None
-    if result.status is Status.ITEM:
-        return result
-    reason = _why_again(row, result)
-    if reason is not None and attempt != row.attempt:
-        return None  # late: the next attempt is under way
-    if reason is not None and row.attempt < row.policy.attempts:
-        row.wait_again(reason)
-        return None
-    final = _as_final(result)
-    row.end(final, mark)
-    return final
-
-
 def _kept_rows(deposit: Deposit, key: Key) -> list[dict[str, Any]]:
     frame, policy, now = deposit.frame, deposit.retry, time()
     shared = {
@@ -462,33 +416,3 @@ def _call_frame(body: bytes) -> CallFrame:
 def _pack(policy: RetryPolicy) -> bytes:
     fields = (policy.attempts, policy.backoff_s, policy.factor, policy.jitter)
     return cast(bytes, msgpack.packb(fields))
-
-
-def _pause_s(policy: RetryPolicy, attempt: int) -> float:
-    try:
-        longest = min(policy.backoff_s * policy.factor ** (attempt - 1), _LONGEST_PAUSE_S)
-    except OverflowError:
-        longest = _LONGEST_PAUSE_S
-    return random.uniform(0, longest) if policy.jitter else longest
-
-
-def _why_again(row: _Kept, result: Result) -> str | None:
-    """Why the policy would try again after this; None if it would not.
-
-    What the user's code raised was judged in the child, which has the classes.
-    """
-    if result.status is Status.AGAIN:
-        return ": ".join(filter(None, describe(result)))
-    if result.status is not Status.FAILED or row.retry is None:
-        return None
-    name, message = describe(result)
-    kind = getattr(errors, name, None) if name in errors.__all__ else None
-    if kind is None or not issubclass(kind, FlameError) or issubclass(kind, _NEVER_AGAIN):
-        return None
-    names = {f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__}
-    retried = not names.isdisjoint(_call_frame(row.body).spec.retry_on)
-    return f"{name}: {message}" if retried else None
-
-
-def _as_final(result: Result) -> Result:
-    return result._replace(status=Status.ERROR) if result.status is Status.AGAIN else result

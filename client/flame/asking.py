@@ -71,8 +71,7 @@ class Asker(Questions):
         """
         try:
             self._runner.run(self._open())
-        # Whatever it is, Ctrl-C too, goes on: who did not connect leaves no loop.
-        except BaseException:
+        except BaseException:  # Ctrl-C too; it goes on, and who did not connect leaves no loop
             self._runner.close()
             raise
         return self

@@ -147,8 +147,7 @@ class Courier:
         self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._open(opened)))
         try:
             opened.result()
-        # Whatever it is, Ctrl-C too, goes on: a client that did not connect leaves no thread.
-        except BaseException:
+        except BaseException:  # Ctrl-C too; it goes on, and no thread is left without a client
             self._stop_loop()
             raise
 

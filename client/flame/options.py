@@ -14,7 +14,7 @@ from flame.lanes import Terms
 from flame.packaging import target_name
 from flame.retry import Retry
 from flame_broker.errors import ConfigError, FlameError
-from flame_broker.messages import Priority
+from flame_broker.messages import Priority, is_plain
 from flame_broker.resources import ResourceRequirement
 from flame_broker.topology import DEFAULT_POOL, check_pool
 
@@ -117,10 +117,7 @@ def make_terms(not_before: datetime | timedelta | float | None, key: str) -> Ter
         TypeError: It is no time, or no key.
         ValueError: A time without its zone, or one that cannot be.
     """
-    if not isinstance(key, str):
-        raise TypeError(f"key={key!r}: expected text")
-    if len(key) > _KEY_CHARACTERS:
-        raise ValueError(f"key={key[:20]!r}…: expected at most {_KEY_CHARACTERS} characters")
+    _check_key(key)
     if not_before is None:
         return Terms(0.0, key)
     if isinstance(not_before, datetime):
@@ -139,6 +136,15 @@ def make_terms(not_before: datetime | timedelta | float | None, key: str) -> Ter
     if not 0 <= delay_s < float("inf"):
         raise ValueError(f"not_before={not_before}: expected 0 seconds or more from now on")
     return Terms(time() + delay_s, key)
+
+
+def _check_key(key: object) -> None:
+    if not isinstance(key, str):
+        raise TypeError(f"key={key!r}: expected text")
+    if not is_plain(key):
+        raise ValueError(f"key={key!r}: expected text without a zero or half a character")
+    if len(key) > _KEY_CHARACTERS:
+        raise ValueError(f"key={key[:20]!r}…: expected at most {_KEY_CHARACTERS} characters")
 
 
 def _retry(value: object) -> Retry | None:

@@ -27,8 +27,8 @@ def note(folder: str, number: int, seconds: float = 0.0) -> int:
 
 def note_in_time(folder: str, number: int, seconds: float) -> int:
     """Leave a mark; after 400 calls the others wait until the test is done with its cuts."""
-    while len(os.listdir(folder)) >= 400 and not Path(folder, "cut").exists():  # noqa: PTH208
-        time.sleep(0.01)
+    if len(os.listdir(folder)) >= 400:  # noqa: PTH208
+        wait_until(Path(folder, "cut").exists, 90)
     return note(folder, number, seconds)
 
 

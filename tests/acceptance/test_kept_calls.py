@@ -63,8 +63,7 @@ def started_at(folder: str, name: object) -> float:
 def hold(release: str) -> bool:
     """Run until told."""
     Path(release).with_name("held").touch()
-    while not Path(release).exists():
-        time.sleep(0.01)
+    wait_until(Path(release).exists, 60)
     return True
 
 

@@ -284,6 +284,29 @@ def test_a_follower_is_told_once_although_the_end_comes_twice(desk: Desk) -> Non
     assert {result.payload for result in desk.told["c-2"]} == {good(1).payload}
 
 
+def test_a_cancel_of_a_whole_map_is_taken_at_once(desk: Desk) -> None:
+    desk.take(deposit(1, 65_000, due=time() + 1000))
+    desk.take(cancel(*range(70_000)))
+    assert (desk.state(1), desk.state(65_000)) == ("cancelled", "cancelled")
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        deposit(2**31),
+        deposit(-1),
+        deposit(1, key="\0"),
+        deposit(1, client="\ud800"),
+        outcome(good(2**40)),
+        cancel(2**63),
+        cancel(1, client="c\0"),
+    ],
+)
+def test_what_no_database_can_hold_is_known_before_it_stops_all_others(strange: Letter) -> None:
+    assert not strange.can_be_kept
+    assert deposit(1, key="nightly").can_be_kept
+
+
 def test_whoever_does_not_lead_any_more_writes_nothing(desk: Desk) -> None:
     desk.take(deposit(1))
     calls = desk.custody.due(time(), 10)

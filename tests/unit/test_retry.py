@@ -76,6 +76,8 @@ def test_a_key_is_a_short_text() -> None:
         make_terms(None, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at most 500 characters"):
         make_terms(None, "k" * 501)
+    with pytest.raises(ValueError, match="without a zero"):
+        make_terms(None, "a\0b")
 
 
 def test_retry_is_a_part_of_the_public_names() -> None:

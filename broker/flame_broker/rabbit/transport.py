@@ -90,8 +90,7 @@ class RabbitTransport:
         attempts = [loop.create_task(link.open(deadline_s)) for link in links]
         try:
             await asyncio.gather(*attempts)
-        # Whatever it is, a cancellation too, goes on: no half-open pair is left behind.
-        except BaseException:
+        except BaseException:  # a cancellation too; it goes on, and no half-open pair is left
             for attempt in attempts:
                 attempt.cancel()
             await asyncio.wait(attempts)

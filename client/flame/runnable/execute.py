@@ -95,8 +95,7 @@ def execute(job: Job) -> str:
             return str(exc)
         try:
             run(runnable, job.flags)
-        # Whatever run() raises goes on; its traceback is written when the files are gone.
-        except BaseException:
+        except BaseException:  # it goes on; its traceback is written when the files are gone
             _remember_sources()
             raise
         finally:

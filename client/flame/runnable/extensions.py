@@ -218,8 +218,7 @@ def _import_as(name: str, entry: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    # Whatever it is goes on: a module that failed half-way must not be found by the next import.
-    except BaseException:
+    except BaseException:  # it goes on; the next import must not find a module that failed half-way
         del sys.modules[name]
         raise
     return module

@@ -1,0 +1,110 @@
+"""What becomes of a kept call when an attempt has a result: its end, or another attempt."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from time import time
+from typing import Final, cast
+
+import msgpack
+
+from flame_broker import errors
+from flame_broker.errors import CallCancelled, CallExpired, FlameError, Quarantined
+from flame_broker.frames import reread
+from flame_broker.messages import CallFrame, Result, RetryPolicy, Status
+from flame_broker.outcomes import describe
+from flame_orchestrator.states import CallState, ending_of
+
+__all__ = ["Kept", "decide"]
+
+_LONGEST_PAUSE_S: Final = 24 * 3600.0
+_NEVER_AGAIN: Final = (CallCancelled, CallExpired, Quarantined)
+
+
+@dataclass(slots=True)
+class Kept:
+    """A row of ``kept``, as this transaction leaves it."""
+
+    id: int
+    client: str
+    counter: int
+    once: str | None
+    state: str
+    attempt: int
+    due_at: float
+    reason: str
+    retry: bytes | None
+    reply: str
+    body: bytes
+    ended_at: float | None
+    ended_by: bytes | None
+    changed: bool = False
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """How often and when it is tried again."""
+        if self.retry is None:
+            return RetryPolicy(1, 0.0, 1.0, jitter=False)
+        return RetryPolicy(*msgpack.unpackb(self.retry))
+
+    def wait_again(self, reason: str) -> None:
+        """Let another attempt follow."""
+        self.due_at = time() + _pause_s(self.policy, self.attempt)
+        self.state, self.attempt = CallState.WAITING.value, self.attempt + 1
+        self.reason, self.changed = reason, True
+
+    def end(self, final: Result, mark: bytes) -> None:
+        """Let this be the outcome."""
+        ending = ending_of(final)
+        assert ending is not None
+        self.state, self.ended_at = ending.state.value, time()
+        self.ended_by, self.changed = mark, True
+
+
+def decide(row: Kept, result: Result, attempt: int, mark: bytes) -> Result | None:
+    """What the client is told of a result; None for nothing yet, or any more."""
+    if row.ended_at is not None:
+        # The very letter that ended it comes again: perhaps its client was never told.
+        return _as_final(result) if row.ended_by == mark else None
+    if result.status is Status.ITEM:
+        return result
+    reason = _why_again(row, result)
+    if reason is not None and attempt != row.attempt:
+        return None  # late: the next attempt is under way
+    if reason is not None and row.attempt < row.policy.attempts:
+        row.wait_again(reason)
+        return None
+    final = _as_final(result)
+    row.end(final, mark)
+    return final
+
+
+def _pause_s(policy: RetryPolicy, attempt: int) -> float:
+    try:
+        longest = min(policy.backoff_s * policy.factor ** (attempt - 1), _LONGEST_PAUSE_S)
+    except OverflowError:
+        longest = _LONGEST_PAUSE_S
+    return random.uniform(0, longest) if policy.jitter else longest
+
+
+def _why_again(row: Kept, result: Result) -> str | None:
+    """Why the policy would try again after this; None if it would not.
+
+    What the user's code raised was judged in the child, which has the classes.
+    """
+    if result.status is Status.AGAIN:
+        return ": ".join(filter(None, describe(result)))
+    if result.status is not Status.FAILED or row.retry is None:
+        return None
+    name, message = describe(result)
+    kind = getattr(errors, name, None) if name in errors.__all__ else None
+    if kind is None or not issubclass(kind, FlameError) or issubclass(kind, _NEVER_AGAIN):
+        return None
+    names = {f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__}
+    retried = not names.isdisjoint(cast(CallFrame, reread(row.body)).spec.retry_on)
+    return f"{name}: {message}" if retried else None
+
+
+def _as_final(result: Result) -> Result:
+    return result._replace(status=Status.ERROR) if result.status is Status.AGAIN else result
