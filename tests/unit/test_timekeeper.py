@@ -106,17 +106,20 @@ async def test_calls_that_are_due_together_share_frames_and_answer_to_the_custod
 
 
 async def test_a_call_starts_when_it_is_due_and_one_that_has_ended_meanwhile_does_not(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = [time()]  # it stands still until the test moves it
+    for module in ("custody", "timekeeper"):
+        monkeypatch.setattr(f"flame_orchestrator.{module}.time", lambda: now[0])
     async with clockwork(tmp_path) as works:
-        due = time() + 0.6
-        works.deposit(1, 2, due=due)
+        works.deposit(1, 2, due=now[0] + 0.4)
         works.deposit(3)
         await eventually(lambda: works.started == [("c", 3)], 10)
         await eventually(lambda: len(works.timekeeper._soon) == 2, 10)
         works.timekeeper.look({"c": {1}})
+        assert works.started == [("c", 3)]
+        now[0] += 0.5
         await eventually(lambda: works.started == [("c", 3), ("c", 2)], 10)
-        assert time() >= due
 
 
 async def test_a_call_that_the_broker_did_not_take_is_started_again(
