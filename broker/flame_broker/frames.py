@@ -31,6 +31,7 @@ from flame_broker.messages import (
     Call,
     CallFrame,
     CallSpec,
+    Claim,
     ControlFrame,
     Deposit,
     Event,
@@ -68,7 +69,7 @@ MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
 _MAGIC: Final = b"FLM"
 _PREFIX_BYTES: Final = len(_MAGIC) + 1 + KEY_ID_BYTES
 _BODY_AT: Final = _PREFIX_BYTES + SIGNATURE_BYTES
-_CALLS, _RESULTS, _EVENTS, _CONTROL, _DEPOSIT = range(5)
+_CALLS, _RESULTS, _EVENTS, _CONTROL, _DEPOSIT, _CLAIM = range(6)
 _MAX_CALLS: Final = 2048  # far above what a client sends; a slot takes several such frames
 _MAX_ATTEMPTS: Final = 1_000_000
 _MAX_SECONDS: Final = 1e9  # the timers of an operating system end somewhere
@@ -224,6 +225,8 @@ def _encode_calls(frame: CallFrame) -> tuple[object, ...]:
 
 def _encode_spec(spec: CallSpec) -> tuple[object, ...]:
     fields = (spec.resources, spec.timeout_s, spec.grace_s, spec.echo, spec.label, spec.track)
+    if spec.at_most_once:
+        return *fields, spec.retry_on, spec.exit_codes, True
     if spec.retry_on or spec.exit_codes:
         return *fields, spec.retry_on, spec.exit_codes
     return fields
@@ -278,6 +281,7 @@ def _spec(  # noqa: PLR0913, PLR0917  # one parameter a field on the wire
     track: bool,
     retry_on: tuple[Any, ...] = (),
     exit_codes: tuple[Any, ...] = (),
+    at_most_once: bool = False,
 ) -> CallSpec:
     return CallSpec(
         target=target,
@@ -289,6 +293,7 @@ def _spec(  # noqa: PLR0913, PLR0917  # one parameter a field on the wire
         track=_check(track, bool),
         retry_on=tuple([_check(name, str) for name in retry_on]),
         exit_codes=tuple([_check(code, int) for code in exit_codes]),
+        at_most_once=_check(at_most_once, bool),
     )
 
 
@@ -398,6 +403,24 @@ def _decode_deposit(
     )
 
 
+def _encode_claim(claim: Claim) -> tuple[object, ...]:
+    calls = _encode_calls(claim.frame)[1:]
+    return _CLAIM, claim.queue, claim.run, claim.worker, claim.reply, claim.look, calls
+
+
+def _decode_claim(
+    queue: str, run: str, worker: str, reply: str, look: bool, calls: tuple[Any, ...]
+) -> Claim:
+    return Claim(
+        queue=_check(queue, str),
+        frame=_decode_calls(*calls),
+        run=_check(run, str),
+        worker=_check(worker, str),
+        reply=_check(reply, str),
+        look=_check(look, bool),
+    )
+
+
 def _policy(attempts: int, backoff_s: float, factor: float, jitter: bool) -> RetryPolicy:
     if not 0 < _check(attempts, int) <= _MAX_ATTEMPTS:
         raise ValueError(f"{attempts} attempts")
@@ -417,6 +440,7 @@ _ENCODERS: Final[dict[type, Callable[[Any], tuple[object, ...]]]] = {
     EventFrame: _encode_events,
     ControlFrame: _encode_control,
     Deposit: _encode_deposit,
+    Claim: _encode_claim,
 }
 _DECODERS: Final[dict[int, Callable[..., Frame]]] = {
     _CALLS: _decode_calls,
@@ -424,4 +448,5 @@ _DECODERS: Final[dict[int, Callable[..., Frame]]] = {
     _EVENTS: _decode_events,
     _CONTROL: _decode_control,
     _DEPOSIT: _decode_deposit,
+    _CLAIM: _decode_claim,
 }

@@ -25,6 +25,7 @@ __all__ = [
     "Call",
     "CallFrame",
     "CallSpec",
+    "Claim",
     "ControlFrame",
     "Deposit",
     "Event",
@@ -141,6 +142,7 @@ class CallSpec:
         track: Keep the call's story in the ledger, where an orchestrator does so.
         retry_on: Exceptions after which the custodian may try again, as ``module.qualname``.
         exit_codes: The same for a call that exits, by its code.
+        at_most_once: Never start it twice; a lost run is its end (PROTOCOL.md, promise P3).
     """
 
     target: Target
@@ -152,6 +154,7 @@ class CallSpec:
     track: bool = True
     retry_on: tuple[str, ...] = ()
     exit_codes: tuple[int, ...] = ()
+    at_most_once: bool = False
 
 
 class Call(NamedTuple):
@@ -236,6 +239,30 @@ class Deposit:
     queue_timeout_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A worker asks for the lease on calls that it has (PROTOCOL.md, rules 4 to 6).
+
+    The answer is a control frame ``leased``. Once a lease is granted, the orchestrator has the
+    call itself, and the worker takes it off its queue.
+
+    Args:
+        queue: The custody queue, that it is signed for.
+        frame: The calls, as they were delivered.
+        run: Which start of them this is; a lease is for one.
+        worker: Who asks.
+        reply: Where the answer goes.
+        look: Only say whether somebody else may be running them.
+    """
+
+    queue: str
+    frame: CallFrame
+    run: str
+    worker: str
+    reply: str
+    look: bool = False
+
+
 class Result(NamedTuple):
     """The outcome of one call, or one item of its stream.
 
@@ -303,6 +330,11 @@ class ControlFrame:
     answered by ``running`` (client, counters: those that have started at a worker, which keeps
     silent if none has), ``hello`` (reply) answered by ``here`` (facts of a worker), ``class`` (a
     resource class that exists in a pool), ``drain`` (worker).
+
+    Of the orchestrator that leads, each with its epoch: ``leads`` (lease_s), every two seconds;
+    ``leased`` (run, granted, refused: counters), the answer to a ``Claim``; ``reclaim`` (runs that
+    it has no lease for). To it: ``release`` (client, counters, run: not started after all), and
+    ``beat`` (worker, runs), by which leases are renewed.
     """
 
     queue: str
@@ -310,7 +342,7 @@ class ControlFrame:
     arguments: Mapping[str, Plain] = field(default_factory=dict)
 
 
-Frame = CallFrame | ResultFrame | EventFrame | ControlFrame | Deposit
+Frame = CallFrame | ResultFrame | EventFrame | ControlFrame | Deposit | Claim
 
 
 def call_id(client: str, counter: int) -> str:

@@ -22,6 +22,8 @@ __all__ = [
     "DEFAULT_POOL",
     "REASON_HEADER",
     "SET_ASIDE_HEADER",
+    "beats_exchange",
+    "beats_queue",
     "calls_exchange",
     "calls_queue",
     "check_pool",
@@ -29,6 +31,7 @@ __all__ = [
     "control_exchange",
     "control_queue",
     "custody_queue",
+    "dead_beside",
     "dead_queue",
     "ledger_queue",
     "logs_exchange",
@@ -36,6 +39,7 @@ __all__ = [
     "parked_queue",
     "questions_queue",
     "reply_queue",
+    "suspects_beside",
     "suspects_queue",
     "tracked",
     "work_queue",
@@ -96,6 +100,20 @@ def calls_queue(
 def suspects_queue(key_id: str, pool: str) -> QueueSpec:
     """Where redelivered calls wait, one a frame, to be run alone (rule 4)."""
     return work_queue(f"{_PREFIX}.{key_id}.{pool}.suspects")
+
+
+def suspects_beside(queue: str) -> str:
+    """The name of the suspects queue in the pool of another of its queues, or of itself.
+
+    >>> suspects_beside("flame.v1.0a1b2c3d.default.c1.normal")
+    'flame.v1.0a1b2c3d.default.suspects'
+    """
+    return ".".join([*queue.split(".")[:4], "suspects"])
+
+
+def dead_beside(queue: str) -> str:
+    """The same for the messages that nobody can run."""
+    return ".".join([*queue.split(".")[:4], "dead"])
 
 
 def dead_queue(key_id: str, pool: str) -> QueueSpec:
@@ -174,6 +192,22 @@ def control_queue(key_id: str, worker: str) -> QueueSpec:
         exclusive=True,
         arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
         bindings=((control_exchange(key_id), ""),),
+    )
+
+
+def beats_exchange(key_id: str) -> str:
+    """The fanout that workers' heartbeats go to, by which leases are renewed (rule 6)."""
+    return f"{_PREFIX}.{key_id}.beats"
+
+
+def beats_queue(key_id: str, orchestrator: str) -> QueueSpec:
+    """An orchestrator's own ear on the heartbeats: bounded, and the newest ones count."""
+    return QueueSpec(
+        f"{_PREFIX}.{key_id}.beats.{orchestrator}",
+        QueueKind.CLASSIC,
+        exclusive=True,
+        arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
+        bindings=((beats_exchange(key_id), ""),),
     )
 
 

@@ -21,6 +21,9 @@ EXIT_FAILED: Final = 1
 EXIT_CONFIG: Final = 22
 EXIT_UNAVAILABLE: Final = 69
 
+_SHORTEST_LEASE_S: Final = 5.0
+"""Workers beat ten times a lease, and a broker that is busy needs a second or two."""
+
 _EPILOG = """\
 examples:
   flame-orchestrator                                       the history in FLAME_HOME/ledger.sqlite
@@ -71,8 +74,22 @@ def _parser() -> argparse.ArgumentParser:
         default=10_000_000,
         help="forget the oldest ended calls beyond so many (%(default)s)",
     )
+    parser.add_argument(
+        "--lease",
+        type=_lease,
+        default=30.0,
+        metavar="SECONDS",
+        help="give what a worker runs to others after so long a silence, at least 5 (%(default)g)",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log every step")
     return parser
+
+
+def _lease(text: str) -> float:
+    seconds = float(text)
+    if not _SHORTEST_LEASE_S <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected {_SHORTEST_LEASE_S:g} seconds or more")
+    return seconds
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
@@ -97,6 +114,7 @@ async def _serve(configured: Settings, arguments: argparse.Namespace) -> None:
         database_url=url,
         keep=timedelta(days=arguments.keep_days),
         keep_calls=arguments.keep_calls,
+        lease_s=arguments.lease,
     )
     orchestrator = Orchestrator(settings)
     leave = asyncio.Event()

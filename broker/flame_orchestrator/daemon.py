@@ -28,6 +28,7 @@ from flame_orchestrator.custodian import Custodian
 from flame_orchestrator.custody import Custody
 from flame_orchestrator.database import in_words, open_database
 from flame_orchestrator.history import History
+from flame_orchestrator.leases import LEASE_S
 from flame_orchestrator.ledger import Arrival, Ledger
 
 __all__ = ["Orchestrator", "OrchestratorSettings"]
@@ -57,6 +58,7 @@ class OrchestratorSettings:
         database_url: Where it keeps them.
         keep: How long ended calls are kept.
         keep_calls: How many calls are kept, roughly.
+        lease_s: How long a worker may be silent before what it runs is given to others.
     """
 
     broker_url: str
@@ -64,6 +66,7 @@ class OrchestratorSettings:
     database_url: str
     keep: timedelta = timedelta(days=30)
     keep_calls: int = 10_000_000
+    lease_s: float = LEASE_S
 
 
 class Orchestrator:
@@ -142,6 +145,7 @@ class Orchestrator:
             custody,
             self._in_thread,
             self._answers.tell,
+            lease_s=self.settings.lease_s,
         )
         self._custodians.append(custodian)
         await custodian.start()

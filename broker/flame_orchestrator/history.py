@@ -22,6 +22,10 @@ Facts = dict[str, Any]
 """A call as people see it: plain values by name."""
 
 _NEAR = 256
+_OF_CUSTODY = (
+    kept.c.counter, kept.c.state, kept.c.attempt, kept.c.due_at, kept.c.reason,
+    kept.c.worker, kept.c.started_at,
+)  # fmt: skip
 _FAILED = TERMINAL - {CallState.SUCCEEDED}
 
 
@@ -52,8 +56,8 @@ class History:
         with self._engine.connect() as connection:
             if state in _FAILED:
                 return [*_failed(connection, state, label, limit)]
-            if state is CallState.WAITING:
-                return [*islice(_waiting(connection, label), limit)]
+            if state in (CallState.WAITING, CallState.RUNNING):
+                return [*islice(_in_custody(connection, state, label), limit)]
             found = [*islice(_listed(connection, state, label, limit), limit)]
             _add_ends(connection, found)
             return found
@@ -203,9 +207,9 @@ def _failed(
             return
 
 
-def _waiting(connection: Connection, label: str) -> Iterator[Facts]:
-    """Calls that the orchestrator keeps until they are due, the newest first."""
-    wanted = select(kept).where(kept.c.state == CallState.WAITING.value).order_by(kept.c.id.desc())
+def _in_custody(connection: Connection, state: CallState, label: str) -> Iterator[Facts]:
+    """Calls that the orchestrator keeps until they are due, or that have leases; newest first."""
+    wanted = select(kept).where(kept.c.state == state.value).order_by(kept.c.id.desc())
     for row in connection.execute(wanted):
         batch = _batch_of(connection, row.client, row.counter)
         if not label or (batch is not None and batch.label == label):
@@ -215,15 +219,18 @@ def _waiting(connection: Connection, label: str) -> Iterator[Facts]:
 
 def _kept_in(connection: Connection, client: str, first: int, last: int) -> dict[int, Facts]:
     """What the orchestrator's custody adds to the stories of calls."""
-    columns = kept.c.counter, kept.c.state, kept.c.attempt, kept.c.due_at, kept.c.reason
     rows = connection.execute(
-        select(*columns).where(kept.c.client == client, kept.c.counter.between(first, last))
+        select(*_OF_CUSTODY).where(kept.c.client == client, kept.c.counter.between(first, last))
     )
     return {row.counter: _custody(row) for row in rows}
 
 
 def _custody(row: Any) -> Facts:
     facts: Facts = {"attempt": row.attempt}
+    if row.started_at is not None:
+        facts["started_at"] = row.started_at
+    if row.state == CallState.RUNNING.value:
+        facts |= {"state": row.state, "worker": row.worker}
     if row.state == CallState.WAITING.value:
         facts |= {"state": row.state, "due_at": row.due_at}
         if row.reason:

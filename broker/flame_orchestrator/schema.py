@@ -113,7 +113,7 @@ kept: Final = Table(
     Column("client", Text, nullable=False),
     Column("counter", Integer, nullable=False),
     Column("once", Text),  # what it is done once for; NULL: it stands for itself
-    Column("state", Text, nullable=False),  # waiting, queued; then that in which it ended
+    Column("state", Text, nullable=False),  # waiting, queued, running; then how it ended
     Column("attempt", Integer, nullable=False),
     Column("due_at", Float, nullable=False),
     Column("reason", Text, nullable=False),  # why it waits again
@@ -123,6 +123,9 @@ kept: Final = Table(
     Column("body", LargeBinary, nullable=False),  # the frame that a worker gets
     Column("ended_at", Float),
     Column("ended_by", LargeBinary),  # the signature of the message that ended it
+    Column("run", Text),  # who has, or had, the lease: one start at one worker
+    Column("worker", Text, nullable=False, server_default=""),
+    Column("started_at", Float),
     UniqueConstraint("client", "counter"),
     UniqueConstraint("key_id", "once"),
 )
@@ -134,6 +137,14 @@ Index(
     kept.c.due_at,
     sqlite_where=text("state = 'waiting'"),
     postgresql_where=text("state = 'waiting'"),
+)
+
+Index(
+    "kept_running",
+    kept.c.key_id,
+    kept.c.run,
+    sqlite_where=text("state = 'running'"),
+    postgresql_where=text("state = 'running'"),
 )
 
 followers: Final = Table(

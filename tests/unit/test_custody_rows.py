@@ -33,7 +33,9 @@ from flame_broker.messages import (
 )
 from flame_broker.outcomes import describe, encode_error, encode_failure
 from flame_broker.topology import calls_queue, custody_queue
-from flame_orchestrator.custody import Custody, Due, Fenced, Letter, News
+from flame_orchestrator.custody import Custody, Due, Fenced
+from flame_orchestrator.letters import Letter
+from flame_orchestrator.session import News
 from flame_orchestrator.database import open_database
 from flame_orchestrator.history import History
 from flame_orchestrator.ledger import Ledger
