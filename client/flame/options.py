@@ -81,7 +81,7 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
         names = ", ".join(sorted(ServiceOptions.__optional_keys__))
         raise TypeError(f"unknown option {min(unknown)!r}: expected one of {names}")
     retry = _retry(given.get("retry"))
-    _check_delivery(given.get("delivery", "at_least_once"))
+    at_most_once = _is_at_most_once(given.get("delivery", "at_least_once"))
     warmup: object = given.get("warmup", 0)
     if not isinstance(warmup, int) or warmup < 0:
         raise ValueError(f"warmup={warmup!r}: expected 0 or more, as an integer")
@@ -90,10 +90,17 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
             "stateful=True is for instances, which are not served yet: calls share no state"
         )
     autoscale = _switch("autoscale", given.get("autoscale"))
-    if retry is not None and autoscale is False:
+    if retry is not None and at_most_once:
+        raise ConfigError(
+            "delivery='at_most_once' never starts a call twice, and retry= does: leave one of the "
+            "two out"
+        )
+    kept = retry is not None or at_most_once
+    if kept and autoscale is False:
         raise ConfigError(
             "autoscale=False counts the calls that this client has on their way, and those with "
-            "retry= are kept by the orchestrator: leave one of the two out"
+            "retry= or delivery='at_most_once' are kept by the orchestrator: leave one of the two "
+            "out"
         )
     return CallOptions(
         label=target_name(obj).rpartition(":")[2].rpartition(".")[2],
@@ -106,7 +113,8 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
         limit=max(1, warmup) if autoscale is False else None,
         track=bool(given.get("track", True)),
         retry=retry,
-        kept=retry is not None,
+        kept=kept,
+        at_most_once=at_most_once,
     )
 
 
@@ -153,11 +161,10 @@ def _retry(value: object) -> Retry | None:
     return value
 
 
-def _check_delivery(delivery: object) -> None:
-    if delivery == "at_most_once":
-        raise ConfigError("delivery='at_most_once' is not there yet in this version")
-    if delivery != "at_least_once":
+def _is_at_most_once(delivery: object) -> bool:
+    if delivery not in ("at_least_once", "at_most_once"):
         raise ValueError(f"delivery={delivery!r}: expected 'at_least_once' or 'at_most_once'")
+    return delivery == "at_most_once"
 
 
 def seconds(name: str, value: float | timedelta | None) -> float:

@@ -132,7 +132,9 @@ class RunnerService(Generic[R]):
             timeout: Seconds to wait; None for ever.
         """
         # Its own timeout is the one that counts.
-        options = replace(self._options, queue_timeout_s=0.0, retry=None, kept=False)
+        options = replace(
+            self._options, queue_timeout_s=0.0, retry=None, kept=False, at_most_once=False
+        )
         probe = Caller(self._caller.client, NOTHING, options)
         future = probe.submit((), {})
         if future.wait(timeout):

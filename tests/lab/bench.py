@@ -41,6 +41,7 @@ from flame_worker.batches import Batch, Lost, SlotOwner, SpooledResult
 from flame_worker.dispatch import Dispatcher
 from flame_worker.gpus import GpuPool, GpuShare
 from flame_worker.intake import Intake
+from flame_worker.leases import Leases
 from flame_worker.outbox import Outbox
 from flame_worker.pool import SlotPool
 from flame_worker.slots import Slot
@@ -181,6 +182,14 @@ class Bench:
         self.pool = self.dispatcher.pool = SlotPool(capacity, self.gpus, self._make)
         self.intake = self.dispatcher.intake = Intake(
             self.transport, KEYRING, POOL, self.outbox, self.spool, self.dispatcher
+        )
+        self.leases = self.intake.leases = Leases(
+            self.transport,
+            KEYRING,
+            "w1",
+            outbox=self.outbox,
+            dispatcher=self.dispatcher,
+            hands=self.intake,
         )
         self.results: list[Result] = []
 

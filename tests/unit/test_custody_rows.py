@@ -34,12 +34,12 @@ from flame_broker.messages import (
 from flame_broker.outcomes import describe, encode_error, encode_failure
 from flame_broker.topology import calls_queue, custody_queue
 from flame_orchestrator.custody import Custody, Due, Fenced
-from flame_orchestrator.letters import Letter
-from flame_orchestrator.session import News
 from flame_orchestrator.database import open_database
 from flame_orchestrator.history import History
 from flame_orchestrator.ledger import Ledger
+from flame_orchestrator.letters import Letter
 from flame_orchestrator.schema import kept
+from flame_orchestrator.session import News
 from flame_orchestrator.states import CallState
 from lab.bench import KEYRING
 

@@ -17,9 +17,9 @@ from flame_broker.memory import MemoryTransport
 from flame_broker.messages import FRAME_CALLS, Call, CallFrame, CallSpec, Deposit, Target
 from flame_broker.topology import calls_queue, custody_queue
 from flame_orchestrator.custody import Custody
-from flame_orchestrator.letters import Letter
 from flame_orchestrator.database import open_database
 from flame_orchestrator.ledger import Ledger
+from flame_orchestrator.letters import Letter
 from flame_orchestrator.timekeeper import Timekeeper
 from lab.bench import KEYRING
 from lab.wait import eventually

@@ -199,6 +199,44 @@ class Dispatcher:
         batches = chain.from_iterable(slot.batches for slot in self.pool.slots())
         return {batch.context.holding for batch in batches}  # type: ignore[attr-defined]
 
+    def takes_long(self, holding: Holding, limit_s: float) -> bool:
+        """Whether a call of a frame is known to take longer."""
+        guess_s = self._pace.guess_s(holding.frame.spec.target, 1)
+        return guess_s is not None and guess_s > limit_s
+
+    def unfinished(self, holding: Holding) -> set[int]:
+        """Calls of a frame that run, each with nothing of the frame behind it in its slot."""
+        return {n for slot, batch, _ in self._alone_in(holding) for n in slot.left_of(batch)}
+
+    def move(self, holding: Holding, leased: Holding) -> None:
+        """Let another holding have those calls."""
+        moved = {call.counter for call in leased.frame.calls}
+        for slot, batch, given in self._alone_in(holding):
+            if not moved.isdisjoint(slot.left_of(batch)):
+                given.holding = leased
+
+    def abandon(self, holding: Holding, counters: frozenset[int]) -> None:
+        """Stop calls whose outcome is for nobody."""
+        for slot in self.pool.slots():
+            for batch in list(slot.batches):
+                if batch.context.holding is holding:  # type: ignore[attr-defined]
+                    for counter in counters.intersection(c.counter for c in batch.calls):
+                        slot.cancel(batch.client, counter)
+        dropped = [call for call in holding.waiting if call.counter in counters]
+        for call in dropped:
+            holding.waiting.remove(call)
+        if dropped and not holding.waiting and holding in (line := self._line_of(holding)):
+            line.remove(holding)
+            self._apart.left(holding)
+        holding.settle(len(dropped))
+
+    def _alone_in(self, holding: Holding) -> Iterable[tuple[Slot, Batch, _Given]]:
+        for slot in self.pool.slots():
+            for batch in slot.batches:
+                given: _Given = batch.context  # type: ignore[assignment]  # the context is ours
+                if given.holding is holding and given.unfinished == 1:
+                    yield slot, batch, given
+
     def ending(self, class_name: str) -> int:
         """How many slots of a class are about to be free."""
         now = _now()

@@ -18,8 +18,10 @@ from flame_broker.messages import (
     FRAME_BYTES,
     SHORT_FRAME_CALLS,
     Call,
+    ControlFrame,
     Event,
     EventFrame,
+    Plain,
     Result,
     ResultFrame,
     Status,
@@ -31,6 +33,7 @@ from flame_broker.topology import (
     REASON_HEADER,
     SET_ASIDE_HEADER,
     calls_exchange,
+    custody_queue,
     ledger_queue,
     logs_exchange,
     work_queue,
@@ -119,6 +122,13 @@ class Outbox:
             results: The results.
             seconds: What the child spent on them together, if that was measured.
         """
+        if holding.lease is not None:
+            results = holding.lease.sift(results, seconds, holding.settle)
+            if not results:
+                return
+        self._pack(holding, results, seconds)
+
+    def _pack(self, holding: Holding, results: Iterable[Result], seconds: float) -> None:
         frame = holding.frame
         address = frame.reply, frame.client, frame.attempt, frame.spec.target
         parcel = self._parcels.get(address)
@@ -161,7 +171,13 @@ class Outbox:
         strikes: int = 0,
         suspicion: Suspicion | None = None,
     ) -> None:
-        """Publish calls one a frame (to their own queue, unless told), then settle them."""
+        """Publish calls one a frame (to their own queue, unless told), then settle them.
+
+        Those in the orchestrator's custody are given back to it.
+        """
+        if holding.run:
+            self._release(holding, [*calls])
+            return
         if suspicion is None:  # who hands it back does not start it
             suspicion = min(holding.frame.suspicion, Suspicion.APART)
         for call in calls:
@@ -174,7 +190,17 @@ class Outbox:
                 handed=holding.frame.handed + 1,
             )
             body = encode(frame, holding.key)
-            self._store(work_queue(frame.queue), body, partial(holding.settle, 1))
+            self.store(work_queue(frame.queue), body, partial(holding.settle, 1))
+
+    def _release(self, holding: Holding, calls: list[Call]) -> None:
+        queue = custody_queue(holding.key.hex_id)
+        about: dict[str, Plain] = {
+            "client": holding.frame.client,
+            "counters": tuple(call.counter for call in calls),
+            "run": holding.run,
+        }
+        body = encode(ControlFrame(queue.name, "release", about), holding.key)
+        self.store(queue, body, partial(holding.settle, len(calls)))
 
     def set_aside(self, queue: str, body: bytes, reason: str, then: Callable[[], None]) -> None:
         """Publish a message that cannot be run here, as it came, with the reason and the time."""
@@ -182,7 +208,7 @@ class Outbox:
             REASON_HEADER: reason[:1000],
             SET_ASIDE_HEADER: int(time()),
         }
-        self._store(work_queue(queue), body, then, headers=headers)
+        self.store(work_queue(queue), body, then, headers=headers)
 
     def event(self, key: Key, client: str, label: str, event: Event) -> None:
         """Queue telemetry: packed over 50 ms, sent unconfirmed, dropped if nobody listens."""
@@ -225,6 +251,19 @@ class Outbox:
             self._heard_at = asyncio.get_running_loop().time()
         self._in_flight.add(confirmed)
         confirmed.add_done_callback(partial(self._confirmed, queue, then, otherwise))
+
+    def store(
+        self,
+        queue: QueueSpec,
+        body: bytes,
+        then: Callable[[], None],
+        *,
+        headers: dict[str, str | int] | None = None,
+    ) -> None:
+        """Publish into a queue of the cluster, which is made again if somebody has deleted it."""
+        again = partial(self.store, queue, body, then, headers=headers)
+        otherwise = partial(self._make, queue, again)
+        self.publish(queue.name, body, then, headers=headers, otherwise=otherwise)
 
     async def drain(self, timeout_s: float) -> None:
         """Send what is queued and wait for the confirms."""
@@ -298,20 +337,7 @@ class Outbox:
         """The reply queue is gone: the client died, or slept past its expiry (rule 9)."""
         spec = ledger_queue(key.hex_id)
         body = encode(replace(record, queue=spec.name), key)
-        self._make(spec, partial(self._store, spec, body, settle))
-
-    def _store(
-        self,
-        queue: QueueSpec,
-        body: bytes,
-        then: Callable[[], None],
-        *,
-        headers: dict[str, str | int] | None = None,
-    ) -> None:
-        """Publish into a queue of the cluster, which is made again if somebody has deleted it."""
-        again = partial(self._store, queue, body, then, headers=headers)
-        otherwise = partial(self._make, queue, again)
-        self.publish(queue.name, body, then, headers=headers, otherwise=otherwise)
+        self._make(spec, partial(self.store, spec, body, settle))
 
     def _make(self, queue: QueueSpec, then: Callable[[], None]) -> None:
         task = asyncio.ensure_future(self._declare(queue, then))
