@@ -200,6 +200,7 @@ class Leases:
             _log.info("lease.refused", run=lease.run, calls=len(refused))
             self._drop(holding, refused)
         if lease.look:
+            holding.lease = None
             if holding.waiting and then is not None:
                 then(holding)
             return
@@ -219,6 +220,8 @@ class Leases:
         here = self._dispatcher.unfinished(holding) | {call.counter for call in holding.waiting}
         counters = granted & (here | ended)
         lease.claimed = frozenset()
+        if not lease.refused:
+            holding.lease = None
         if not counters:
             return None
         frame = replace(
@@ -299,6 +302,7 @@ class Leases:
                     self._send(holding, lease)
             elif lease.look and then is not None:
                 del self._asked[lease.run]
+                holding.lease = None
                 then(holding)  # nobody knows of another run
             elif lease.copy is None:
                 self._go_on_alone(holding, lease)
