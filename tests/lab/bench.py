@@ -128,6 +128,10 @@ class PlayedSlot:
         self.cancels.append(counter)
         return True
 
+    def left_of(self, batch: Batch) -> list[int]:
+        """Calls of a batch without a result."""
+        return [call.counter for other, call in self._left if other is batch]
+
     def finish(self, *, value: object = None, seconds: float = 0.0, result: Any = None) -> None:
         """The running call ends."""
         batch, call = self._left.popleft()
