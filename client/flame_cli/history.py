@@ -35,6 +35,7 @@ _COLUMNS: Final = (
 _TIMES: Final = {
     "queued_at": "queued",
     "due_at": "due",
+    "started_at": "started",
     "ended_at": "ended",
     "expires_at": "expires",
 }
@@ -48,7 +49,8 @@ def ps(
     state: Annotated[
         str,
         typer.Option(
-            help="Only waiting, queued, succeeded, failed, cancelled, expired or quarantined ones."
+            help="Only waiting, queued, running (for five seconds or more), succeeded, failed, "
+            "cancelled, expired or quarantined ones."
         ),
     ] = "",
     label: Annotated[str, typer.Option(help="Only calls of the service with this name.")] = "",
