@@ -38,12 +38,14 @@ from flame_broker.messages import (
     EventFrame,
     EventKind,
     Frame,
+    Limitation,
     Result,
     ResultFrame,
     RetryPolicy,
     Status,
     Suspicion,
     Target,
+    parse_call_id,
 )
 from flame_broker.objects import ObjectRef, is_sha256
 from flame_broker.signing import SIGNATURE_BYTES, sign, verify
@@ -379,20 +381,24 @@ def _encode_deposit(frame: Deposit) -> tuple[object, ...]:
         retry.attempts, retry.backoff_s, retry.factor, retry.jitter
     )  # fmt: skip
     calls = _encode_calls(frame.frame)[1:]
-    return _DEPOSIT, frame.queue, frame.due, frame.keys, policy, frame.queue_timeout_s, calls
+    head = (_DEPOSIT, frame.queue, frame.due, frame.keys, policy, frame.queue_timeout_s, calls)
+    return (*head, frame.after, frame.limits) if frame.after or frame.limits else head
 
 
-def _decode_deposit(
+def _decode_deposit(  # noqa: PLR0917  # one parameter a field on the wire
     queue: str,
     due: tuple[Any, ...],
     keys: tuple[Any, ...],
     policy: tuple[Any, ...] | None,
     queue_timeout_s: float,
     calls: tuple[Any, ...],
+    after: tuple[Any, ...] = (),
+    limits: tuple[Any, ...] = (),
 ) -> Deposit:
     frame = _decode_calls(*calls)
-    if not len(due) == len(keys) == len(frame.calls):
-        raise ValueError(f"{len(frame.calls)} calls with {len(due)} times and {len(keys)} keys")
+    number = len(frame.calls)
+    if not len(due) == len(keys) == number or {len(after), len(limits)} - {0, number}:
+        raise ValueError(f"a deposit of {number} calls with terms for more or fewer of them")
     return Deposit(
         queue=_check(queue, str),
         frame=frame,
@@ -400,7 +406,20 @@ def _decode_deposit(
         keys=tuple([_check(key, str) for key in keys]),
         retry=None if policy is None else _policy(*policy),
         queue_timeout_s=_seconds(queue_timeout_s),
+        after=tuple([tuple([_call_id(call) for call in calls]) for calls in after]),
+        limits=tuple([None if limit is None else _limitation(*limit) for limit in limits]),
     )
+
+
+def _call_id(text: object) -> str:
+    parse_call_id(_check(text, str))
+    return cast(str, text)
+
+
+def _limitation(key: str, calls: int) -> Limitation:
+    if not 0 < _check(calls, int) <= _MAX_ATTEMPTS:
+        raise ValueError(f"a limit of {calls} calls")
+    return Limitation(_check(key, str), calls)
 
 
 def _encode_claim(claim: Claim) -> tuple[object, ...]:

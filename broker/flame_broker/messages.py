@@ -32,6 +32,7 @@ __all__ = [
     "EventFrame",
     "EventKind",
     "Frame",
+    "Limitation",
     "Plain",
     "Priority",
     "Result",
@@ -218,6 +219,18 @@ class RetryPolicy:
     jitter: bool
 
 
+class Limitation(NamedTuple):
+    """A call starts only while fewer calls with the same key are under way.
+
+    Attributes:
+        key: What they share.
+        calls: How many of them there may be, this one included.
+    """
+
+    key: str
+    calls: int
+
+
 @dataclass(frozen=True, slots=True)
 class Deposit:
     """Calls that need time: the orchestrator keeps them and has them run (PROTOCOL.md, rule 7).
@@ -229,6 +242,8 @@ class Deposit:
         keys: What each call is to be done once for; ``""``: it stands for itself.
         retry: None to try once.
         queue_timeout_s: How long each attempt may wait for a worker; 0 for ever.
+        after: The ids of the calls that each call waits for; empty if none waits for any.
+        limits: The limit that each call is under; empty if none is.
     """
 
     queue: str
@@ -237,6 +252,8 @@ class Deposit:
     keys: tuple[str, ...]
     retry: RetryPolicy | None = None
     queue_timeout_s: float = 0.0
+    after: tuple[tuple[str, ...], ...] = ()
+    limits: tuple[Limitation | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from flame_broker.frames import encode, reread
 from flame_broker.keys import Key
 from flame_broker.messages import CallFrame, Result, ResultFrame, RetryPolicy, Status
 from flame_broker.outcomes import describe
+from flame_orchestrator.schema import NEVER
 from flame_orchestrator.states import CallState, ending_of
 
 __all__ = ["Kept", "decide"]
@@ -43,6 +44,11 @@ class Kept:
     run: str | None
     worker: str
     started_at: float | None
+    not_before: float
+    unmet: int
+    limit_key: str | None
+    limit_calls: int | None
+    place: int | None
     changed: bool = False
     moved: bool = False
 
@@ -62,6 +68,8 @@ class Kept:
         """Let another attempt follow."""
         self.wait(_pause_s(self.policy, self.attempt), reason)
         self.attempt += 1
+        if self.place is not None:  # it is for others while this one pauses
+            self.not_before, self.due_at, self.place = self.due_at, NEVER, 0
 
     def wait(self, pause_s: float, reason: str) -> None:
         """Wait so long for a worker's queue; no run has it any more."""
@@ -78,6 +86,7 @@ class Kept:
         ending = ending_of(final)
         assert ending is not None
         self.state, self.ended_at = ending.state.value, time()
+        self.place = None
         self.ended_by, self.changed = mark, True
 
 

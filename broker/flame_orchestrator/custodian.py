@@ -124,6 +124,10 @@ class Custodian:
         self._spawn(self._time.start())
         await self._transport.consume(self._queue.name, self._on_letter, prefetch=_AHEAD)
 
+    def note(self, ended: Mapping[str, set[int]]) -> None:
+        """Calls have ended that were never in our custody."""
+        self._time.note(ended)
+
     async def stop(self) -> None:
         """Leave; what is not acked comes again, here or to the next leader."""
         for task in self._tasks:
@@ -220,6 +224,7 @@ class Custodian:
             news = await self._in_thread(partial(self._custody.record, epoch, letters))
             _log.debug("custody.took", letters=len(letters), results=len(news.results))
             self._tell(news.ended)
+            self._time.expect(news.awaited)
             self._time.look(news.ended)
             await self._pass_on(news, epoch)
             await asyncio.gather(*map(self._say_again, letters))

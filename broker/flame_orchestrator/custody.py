@@ -7,7 +7,7 @@ wait again. Whoever writes proves that he leads: an epoch that is not the latest
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import time
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from flame_broker.frames import reread
 from flame_broker.keys import Key
 from flame_broker.messages import CallFrame
+from flame_orchestrator.bars import Lifted, awaits, give_places, lift, wants_places
 from flame_orchestrator.ledger import Ledger
 from flame_orchestrator.letters import Letter
 from flame_orchestrator.schema import kept, leaders, tombstones
@@ -131,6 +132,28 @@ class Custody:
             for row in connection.execute(wanted):
                 found.setdefault((row.run, row.client), set()).add(row.counter)
         return [Run(run, client, frozenset(numbers)) for (run, client), numbers in found.items()]
+
+    def lift_bars(self, epoch: int, before: float, among: Mapping[str, set[int]] | None) -> Lifted:
+        """Let calls go on whose awaited calls have succeeded, or for which there is a place now.
+
+        Args:
+            epoch: Ours.
+            before: For places: calls whose time comes by then, in seconds since 1970.
+            among: What may have ended, by client; None for anything.
+
+        Raises:
+            Fenced: Another one leads.
+            sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
+        """
+        with self._engine.connect() as connection:
+            awaited = (among is None or bool(among)) and awaits(connection)
+            if not awaited and not wants_places(connection, self._key.hex_id, before):
+                return Lifted([], more=awaited)
+        with self._engine.begin() as connection:
+            self._fence(connection, epoch)
+            lifted = lift(connection, self._key.hex_id, among if awaited else {})
+            give_places(connection, self._key.hex_id, before)
+            return lifted
 
     def next_due(self, after: float) -> float | None:
         """When the next call is due that is not due by then, in seconds since 1970."""

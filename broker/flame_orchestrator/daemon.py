@@ -185,6 +185,8 @@ class Orchestrator:
             for delivery in taken:
                 delivery.ack()
             self._answers.tell(ended)
+            for custodian in self._custodians:
+                custodian.note(ended)
 
     def _record(self, taken: list[Delivery]) -> Mapping[str, set[int]]:
         arrivals = [Arrival(frame, d.body) for d in taken if (frame := self._read(d)) is not None]

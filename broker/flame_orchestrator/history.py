@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, Row, Select, and_, select
 
 from flame_broker.frames import reread
 from flame_broker.messages import Result, ResultFrame, Status, call_id, parse_call_id
-from flame_orchestrator.schema import batches, failures, kept, outcomes, tombstones
+from flame_orchestrator.schema import NEVER, batches, failures, kept, outcomes, tombstones
 from flame_orchestrator.spans import Span, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
 
@@ -24,7 +24,7 @@ Facts = dict[str, Any]
 _NEAR = 256
 _OF_CUSTODY = (
     kept.c.counter, kept.c.state, kept.c.attempt, kept.c.due_at, kept.c.reason,
-    kept.c.worker, kept.c.started_at,
+    kept.c.worker, kept.c.started_at, kept.c.unmet, kept.c.limit_key, kept.c.limit_calls,
 )  # fmt: skip
 _FAILED = TERMINAL - {CallState.SUCCEEDED}
 
@@ -232,7 +232,16 @@ def _custody(row: Any) -> Facts:
     if row.state == CallState.RUNNING.value:
         facts |= {"state": row.state, "worker": row.worker}
     if row.state == CallState.WAITING.value:
-        facts |= {"state": row.state, "due_at": row.due_at}
+        facts |= {"state": row.state}
+        if row.due_at < NEVER:
+            facts["due_at"] = row.due_at
+        elif row.unmet:
+            facts["reason"] = f"it waits for calls to succeed, {row.unmet} of them"
+        else:
+            facts["reason"] = (
+                f"it waits for a place: at most {row.limit_calls} calls with the limit "
+                f"{row.limit_key!r} are under way at a time"
+            )
         if row.reason:
             facts["reason"] = row.reason
     return facts

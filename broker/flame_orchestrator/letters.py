@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Final, NamedTuple
 
-from flame_broker.messages import Claim, ControlFrame, Deposit, ResultFrame, is_plain
+from flame_broker.messages import Claim, ControlFrame, Deposit, ResultFrame, is_plain, parse_call_id
 
 __all__ = ["Letter", "Writing"]
 
@@ -50,12 +51,16 @@ class Letter(NamedTuple):
         """Whether any database takes its texts and numbers; nobody of ours sends others."""
         frame, texts = self.frame, [self.client]
         if isinstance(frame, Deposit):
-            texts += [frame.frame.reply, *frame.keys]
+            texts += [frame.frame.reply, *frame.keys, *chain.from_iterable(frame.after)]
+            texts += [limit.key for limit in frame.limits if limit is not None]
         elif isinstance(frame, Claim):
             texts += [frame.frame.reply, frame.run, frame.worker]
         elif isinstance(frame, ControlFrame):
             texts.append(str(_of(frame, "run")))
-        return all(map(is_plain, texts)) and all(0 <= n <= _HIGHEST for n in self.counters)
+        numbers = self.counters
+        if isinstance(frame, Deposit):
+            numbers |= {parse_call_id(call)[1] for call in chain.from_iterable(frame.after)}
+        return all(map(is_plain, texts)) and all(0 <= n <= _HIGHEST for n in numbers)
 
 
 def _of(frame: ControlFrame, name: str) -> object:

@@ -22,8 +22,10 @@ from sqlalchemy import (
 )
 
 __all__ = [
+    "NEVER",
     "batches",
     "clients",
+    "dependencies",
     "failures",
     "followers",
     "kept",
@@ -32,6 +34,9 @@ __all__ = [
     "outcomes",
     "tombstones",
 ]
+
+NEVER: Final = 1e18
+"""When a call is due that is barred, in seconds since 1970."""
 
 metadata: Final = MetaData()
 
@@ -126,6 +131,11 @@ kept: Final = Table(
     Column("run", Text),  # who has, or had, the lease: one start at one worker
     Column("worker", Text, nullable=False, server_default=""),
     Column("started_at", Float),
+    Column("not_before", Float, nullable=False, server_default="0"),  # due_at, once nothing bars it
+    Column("unmet", Integer, nullable=False, server_default="0"),  # calls that it waits for
+    Column("limit_key", Text),
+    Column("limit_calls", Integer),
+    Column("place", Integer),  # 1: it has one under its limit, 0: it needs one; NULL: no limit
     UniqueConstraint("client", "counter"),
     UniqueConstraint("key_id", "once"),
 )
@@ -146,6 +156,33 @@ Index(
     sqlite_where=text("state = 'running'"),
     postgresql_where=text("state = 'running'"),
 )
+
+Index(
+    "kept_placeless",
+    kept.c.key_id,
+    kept.c.limit_key,
+    kept.c.not_before,
+    sqlite_where=text("place = 0"),
+    postgresql_where=text("place = 0"),
+)
+Index(
+    "kept_placed",
+    kept.c.key_id,
+    kept.c.limit_key,
+    sqlite_where=text("place = 1"),
+    postgresql_where=text("place = 1"),
+)
+
+dependencies: Final = Table(
+    "dependencies",
+    metadata,
+    Column("call", Integer, primary_key=True),  # the kept call that waits
+    Column("client", Text, primary_key=True),
+    Column("counter", Integer, primary_key=True),
+)
+"""Calls that others wait for; a row goes when it has ended."""
+
+Index("dependencies_on", dependencies.c.client, dependencies.c.counter)
 
 followers: Final = Table(
     "followers",

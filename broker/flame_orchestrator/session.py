@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
 from time import time
 from typing import Any, Final, NamedTuple, cast
 
@@ -20,10 +21,12 @@ from flame_broker.messages import (
     Claim,
     ControlFrame,
     Deposit,
+    Limitation,
     Result,
     ResultFrame,
     RetryPolicy,
     Status,
+    parse_call_id,
 )
 from flame_broker.outcomes import encode_failure
 from flame_orchestrator.attempts import Kept, decide
@@ -31,7 +34,7 @@ from flame_orchestrator.claims import grant, lose, release
 from flame_orchestrator.history import outcome_of
 from flame_orchestrator.ledger import Arrival, Ledger
 from flame_orchestrator.letters import Letter
-from flame_orchestrator.schema import followers, kept, tombstones
+from flame_orchestrator.schema import NEVER, dependencies, followers, kept, tombstones
 from flame_orchestrator.states import CallState
 
 __all__ = ["Answer", "News", "Session"]
@@ -40,7 +43,8 @@ _TOMBSTONE_S: Final = 7 * 24 * 3600.0  # as long as the ledger queue keeps what 
 _MOST_AT_ONCE: Final = 10_000  # SQLite takes 32,766 values (sqlite.org/limits.html)
 _OUR_NAME: Final = "orchestrator"
 _CHANGEABLE: Final = (
-    "state", "attempt", "due_at", "reason", "ended_at", "ended_by", "run", "worker", "started_at"
+    "state", "attempt", "due_at", "reason", "ended_at", "ended_by", "run", "worker", "started_at",
+    "not_before", "unmet", "place",
 )  # fmt: skip
 
 
@@ -67,12 +71,14 @@ class News:
         ended: The counters of the calls that ended, by client.
         answers: For workers that have claimed calls.
         dead: Calls that are quarantined, with the reason.
+        awaited: Calls that others wait for from now on, by client.
     """
 
     results: list[ResultFrame] = field(default_factory=list)
     ended: Mapping[str, set[int]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     dead: list[tuple[CallFrame, str]] = field(default_factory=list)
+    awaited: dict[str, set[int]] = field(default_factory=dict)
 
 
 class _Follower(NamedTuple):
@@ -143,6 +149,9 @@ class Session:
             return
         self._update(_CHANGEABLE, changed)
         self._update(("body",), [row for row in changed if row.moved])
+        over = [r.id for r in changed if r.ended_at is not None and r.unmet]
+        if over:
+            self._connection.execute(delete(dependencies).where(dependencies.c.call.in_(over)))
         ended = {r.id: r for r in changed if r.ended_at is not None and r.once is not None}
         if ended:
             gone = delete(followers).where(followers.c.of.in_(ended)).returning(followers)
@@ -190,6 +199,22 @@ class Session:
                 insert = self._dialect.insert(kept).values(row).on_conflict_do_nothing()
                 if not self._connection.execute(insert).rowcount:
                     self._follow(frame, row["counter"], row["once"])
+        for call, after in zip(frame.calls, deposit.after, strict=False):
+            if after:
+                self._wait_for(frame.client, call.counter, after)
+
+    def _wait_for(self, client: str, counter: int, after: Iterable[str]) -> None:
+        """Note what a call waits for, if it is kept and this is not said a second time."""
+        ours = and_(kept.c.client == client, kept.c.counter == counter, kept.c.unmet > 0)
+        call = self._connection.scalar(select(kept.c.id).where(ours))
+        if call is None:
+            return
+        for other in after:
+            on, number = parse_call_id(other)
+            self._news.awaited.setdefault(on, set()).add(number)
+            row = {"call": call, "client": on, "counter": number}
+            insert = self._dialect.insert(dependencies).values(row)
+            self._connection.execute(insert.on_conflict_do_nothing())
 
     def _follow(self, frame: CallFrame, counter: int, once: str) -> None:
         """Somebody has asked for the same before: this call gets the outcome of that one."""
@@ -257,6 +282,8 @@ class Session:
             case "cancel":
                 self._bury(letter)
                 self._cancel(found, letter.mark, spare=bool(frame.arguments.get("spare_running")))
+            case "unmet":
+                self._forgo(found, letter.mark, str(frame.arguments.get("reason")))
             case "release":
                 for row in found:
                     release(row, frame.arguments.get("run"), self._key)
@@ -288,6 +315,16 @@ class Session:
             told = ResultFrame(row.reply, row.client, _OUR_NAME, (final,), row.attempt)
             self._stories.append(self._tell(told))
 
+    def _forgo(self, rows: Iterable[Kept], mark: bytes, reason: str) -> None:
+        """What calls wait for did not come about."""
+        for row in rows:
+            if row.unmet and (row.ended_at is None or row.ended_by == mark):
+                final = Result(row.counter, Status.FAILED, encode_failure(CallCancelled, reason))
+                if row.ended_at is None:
+                    row.end(final, mark)
+                told = ResultFrame(row.reply, row.client, _OUR_NAME, (final,), row.attempt)
+                self._stories.append(self._tell(told))
+
     def _bury(self, letter: Letter) -> None:
         """Remember them for workers that are not there to hear of it."""
         row = {
@@ -314,7 +351,22 @@ def _kept_rows(deposit: Deposit, key: Key) -> list[dict[str, Any]]:
     rows = [_row(replace(frame, calls=(call,)), key) | shared for call in frame.calls]
     for row, due_at, once in zip(rows, deposit.due, deposit.keys, strict=True):
         row |= {"once": once or None, "due_at": due_at or row["due_at"]}
-    return rows
+    terms = zip_longest(rows, deposit.after, deposit.limits)
+    return [row | _bars(row, frozenset(after or ()), limit) for row, after, limit in terms]
+
+
+def _bars(row: dict[str, Any], after: frozenset[str], limit: Limitation | None) -> dict[str, Any]:
+    """What keeps a call from its start, besides its time."""
+    key, calls, place = (None, None, None) if limit is None else (*limit, 0)
+    barred = bool(after) or limit is not None
+    return {
+        "not_before": row["due_at"],
+        "due_at": NEVER if barred else row["due_at"],
+        "unmet": len(after),
+        "limit_key": key,
+        "limit_calls": calls,
+        "place": place,
+    }
 
 
 def _row(frame: CallFrame, key: Key) -> dict[str, Any]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from numbers import Real
 from time import time
 from typing import Any, Final, TypedDict
 
 from flame.calls import CallOptions
+from flame.futures import ObjectFuture
 from flame.lanes import Terms
+from flame.limit import Limit
 from flame.packaging import target_name
 from flame.retry import Retry
 from flame_broker.errors import ConfigError, FlameError
-from flame_broker.messages import Priority, is_plain
+from flame_broker.messages import Priority, is_plain, parse_call_id
 from flame_broker.resources import ResourceRequirement
 from flame_broker.topology import DEFAULT_POOL, check_pool
 
@@ -118,23 +120,51 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
     )
 
 
-def make_terms(not_before: datetime | timedelta | float | None, key: str) -> Terms:
+def make_terms(
+    not_before: datetime | timedelta | float | None,
+    key: str,
+    after: Iterable[ObjectFuture[Any] | str],
+    limit: Limit | None,
+) -> Terms:
     """Check what one call asks of the orchestrator.
 
     Raises:
-        TypeError: It is no time, or no key.
-        ValueError: A time without its zone, or one that cannot be.
+        TypeError: It is no time, no key, no call or no limit.
+        ValueError: A time without its zone, or one that cannot be; a call that nobody follows.
     """
     _check_key(key)
+    if limit is not None and not isinstance(limit, Limit):
+        raise TypeError(f"limit={limit!r}: expected flame.Limit('license', 4), or None")
+    limitation = None if limit is None else limit.limitation
+    calls = tuple(dict.fromkeys(map(_call_to_await, [after] if isinstance(after, str) else after)))
+    return Terms(_earliest(not_before), key, calls, limitation)
+
+
+def _call_to_await(call: ObjectFuture[Any] | str) -> str:
+    if isinstance(call, str):
+        parse_call_id(call)
+        return call
+    if not isinstance(call, ObjectFuture):
+        raise TypeError(f"after={call!r}: expected futures of calls, or their ids")
+    lane = call.lane
+    if lane is not None and lane.keeping is None and not lane.exchange:
+        raise ValueError(
+            f"after={call!r}: nobody follows that call, since its service has track=False or the "
+            "broker knows no orchestrator"
+        )
+    return call.id
+
+
+def _earliest(not_before: datetime | timedelta | float | None) -> float:
     if not_before is None:
-        return Terms(0.0, key)
+        return 0.0
     if isinstance(not_before, datetime):
         if not_before.tzinfo is None:
             raise ValueError(
                 f"not_before={not_before!r}: a time needs its zone, as in "
                 "datetime.now(UTC) + timedelta(hours=1); workers may be elsewhere"
             )
-        return Terms(max(0.0, not_before.timestamp()), key)
+        return max(0.0, not_before.timestamp())
     delay_s = _as_seconds(not_before)
     if delay_s is None:
         raise TypeError(
@@ -143,7 +173,7 @@ def make_terms(not_before: datetime | timedelta | float | None, key: str) -> Ter
         )
     if not 0 <= delay_s < float("inf"):
         raise ValueError(f"not_before={not_before}: expected 0 seconds or more from now on")
-    return Terms(time() + delay_s, key)
+    return time() + delay_s
 
 
 def _check_key(key: object) -> None:
