@@ -146,12 +146,13 @@ class Custody:
             sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
         """
         with self._engine.connect() as connection:
-            awaited = (among is None or bool(among)) and awaits(connection)
-            if not awaited and not wants_places(connection, self._key.hex_id, before):
+            awaited = awaits(connection)
+            news = awaited and among != {}
+            if not news and not wants_places(connection, self._key.hex_id, before):
                 return Lifted([], more=awaited)
         with self._engine.begin() as connection:
             self._fence(connection, epoch)
-            lifted = lift(connection, self._key.hex_id, among if awaited else {})
+            lifted = lift(connection, self._key.hex_id, among)
             give_places(connection, self._key.hex_id, before)
             return lifted
 

@@ -84,6 +84,7 @@ def test_what_has_ended_before_is_waited_for_no_more(desk: Desk) -> None:
     desk.take(deposit(1), outcome(good(1)))
     news = desk.take(deposit(2, after=(("c-1",),)))
     assert news.awaited == {"c": {1}}
+    assert desk.custody.lift_bars(desk.epoch, time(), {}).more
     assert desk.custody.lift_bars(desk.epoch, time(), {"d": {1}}).more
     assert not desk.custody.lift_bars(desk.epoch, time(), {"c": {1}}).more
     assert started(desk) == [2]
