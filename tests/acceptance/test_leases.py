@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ def hold(folder: str, name: str) -> str:
     wait_until(Path(folder, "release").exists, 100)
     with Path(folder, f"{name}.ends").open("a") as file:
         file.write(f"{call.worker}\n")
+    return name
+
+
+def last(folder: str, name: str, seconds: float) -> str:
+    """Run for so long."""
+    with Path(folder, f"{name}.starts").open("a") as file:
+        file.write("x\n")
+    time.sleep(seconds)  # the call's work
     return name
 
 
@@ -110,3 +119,30 @@ def test_leases_outlive_orchestrators_and_connections_but_not_their_workers(
     assert [len(marks.starts(name)) for name in ("kept", "kept once", "lost once")] == [1, 1, 1]
     assert marks.ends("lost") == marks.starts("lost")[1:]
     assert marks.ends("lost once") == []
+
+
+def run_beside(ack_s: int, call_s: int, folder: Path, marks: Marks) -> list[str]:
+    """Run a call at a broker that wants its acks soon; where it has started."""
+    with RabbitNode(config={"consumer_timeout": str(ack_s * 1000)}) as node:
+        # It looks once a minute, unless it is told to.
+        node.ctl("eval", "application:set_env(rabbit, channel_tick_interval, 1000).")
+        cluster = LabCluster(node.url, folder)
+        try:
+            cluster.orchestrator()
+            for _ in range(2):  # whoever has it already takes it for a copy
+                cluster.worker("--slots", "1")
+            with cluster.client() as client, flame.Runner("t", client=client) as runner:
+                future = runner.service(last)(str(marks.folder), "long", call_s)
+                assert future.get(timeout=call_s + 60) == "long"
+        finally:
+            cluster.close()
+    return marks.starts("long")
+
+
+@pytest.mark.parametrize(
+    ("ack_s", "call_s"), [(8, 14), pytest.param(20, 90, marks=pytest.mark.soak)]
+)
+def test_a_call_runs_once_however_soon_the_broker_wants_its_acks(
+    ack_s: int, call_s: int, tmp_path: Path, marks: Marks
+) -> None:
+    assert len(run_beside(ack_s, call_s, tmp_path, marks)) == 1
