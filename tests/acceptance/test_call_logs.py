@@ -158,6 +158,7 @@ def test_each_attempt_of_a_call_that_is_tried_again_is_in_its_log(
         call = service(str(tmp_path))
         followed = cluster.command("logs", call.id, "-f")
         assert call.get(timeout=30) == "done"
+    assert followed.returncode == 0, followed.stderr
     assert followed.stdout.splitlines() == [
         "try 0",
         f"… attempt 2 on {worker}",

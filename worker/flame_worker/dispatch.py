@@ -20,7 +20,6 @@ from itertools import chain
 from typing import Final, Protocol
 
 from flame_broker.errors import CallCancelled, CallError, CallExpired
-from flame_broker.keys import Key
 from flame_broker.logs import get_logger
 from flame_broker.messages import Call, Event, EventKind, Result, Status, Suspicion
 from flame_broker.outcomes import encode_failure
@@ -244,8 +243,8 @@ class Dispatcher:
         self, slot: Slot, batch: Batch, counter: int, kind: EventKind, lines: list[str]
     ) -> None:
         """Send output to who prints or keeps it."""
-        if batch.spec.echo or batch.spec.track:
-            voice = Voice.of(batch, _key_of(batch), output=True)
+        voice = Voice.of(_holding_of(batch), output=True)
+        if voice.heard:
             for event in self._numbering.events(batch, counter, kind, lines):
                 self._outbox.event(voice, event)
 
@@ -253,7 +252,7 @@ class Dispatcher:
         self, slot: Slot, batch: Batch, counter: int, fraction: float, text: str
     ) -> None:
         """Send progress to the client."""
-        voice = Voice.of(batch, _key_of(batch), output=False)
+        voice = Voice.of(_holding_of(batch), output=False)
         self._outbox.event(voice, Event(counter, EventKind.PROGRESS, text, fraction))
 
     def on_lost(self, slot: Slot, lost: Lost) -> None:
@@ -435,8 +434,8 @@ class Dispatcher:
         self.pump()
 
 
-def _key_of(batch: Batch) -> Key:
-    return batch.context.holding.key  # type: ignore[attr-defined,no-any-return]
+def _holding_of(batch: Batch) -> Holding:
+    return batch.context.holding  # type: ignore[attr-defined,no-any-return]
 
 
 def _now() -> float:

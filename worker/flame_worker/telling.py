@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from flame_broker.keys import Key
 from flame_broker.messages import Event, EventKind
-from flame_broker.topology import kept_output
+from flame_broker.topology import custody_queue, kept_output
 from flame_worker.batches import Batch
+from flame_worker.holding import Holding
 
 __all__ = ["Numbering", "Voice"]
 
@@ -33,11 +34,17 @@ class Voice(NamedTuple):
     kept: bool = False
 
     @classmethod
-    def of(cls, batch: Batch, key: Key, *, output: bool) -> Voice:
-        """The voice of a batch, for output or for progress."""
-        spec = batch.spec
-        kept = output and spec.track
-        return cls(key, batch.client, spec.label, batch.attempt, spec.echo, kept)
+    def of(cls, holding: Holding, *, output: bool) -> Voice:
+        """The voice of a frame's calls, for output or for progress."""
+        key, frame, spec = holding.key, holding.frame, holding.frame.spec
+        # What is in custody is tracked there, and not once more on its way.
+        kept = output and (spec.track or frame.reply == custody_queue(key.hex_id).name)
+        return cls(key, frame.client, spec.label, frame.attempt, spec.echo, kept)
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody prints or keeps it."""
+        return self.echo or self.kept
 
     @property
     def routing_key(self) -> str:
