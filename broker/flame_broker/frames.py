@@ -338,7 +338,7 @@ def _result(
 
 
 def _encode_events(frame: EventFrame) -> tuple[object, ...]:
-    events = [e if e.run else e[:4] for e in frame.events]
+    events = [e if e[4:] != (0, 0) else e[:4] for e in frame.events]
     head = (_EVENTS, frame.queue, frame.client, frame.worker, frame.label, events)
     return *head, frame.attempt, frame.at, frame.echo
 
