@@ -19,7 +19,7 @@ from flame_broker.messages import Event, EventFrame, EventKind
 from flame_orchestrator.open_log import CHUNK_BYTES, OpenLog
 from flame_orchestrator.schema import log_chunks
 
-__all__ = ["OBJECT_BYTES", "Call", "Logs", "Written"]
+__all__ = ["OBJECT_BYTES", "Call", "Logs", "Overtaken", "Written"]
 
 OBJECT_BYTES: Final = 1024 * 1024
 """Full chunks of one log that hold so much are moved into the object store."""
@@ -30,6 +30,13 @@ _HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
 
 Call = tuple[str, int]
 """A client and a counter."""
+
+
+class Overtaken(SQLAlchemyError):
+    """Another orchestrator has written to the same log meanwhile: look again, then write."""
+
+    def __str__(self) -> str:
+        return "another orchestrator has written to the same log meanwhile"
 
 
 class Written(NamedTuple):
@@ -108,13 +115,16 @@ class Logs:
         for (client, counter), log in changed.items():
             for chunk in log.changed:
                 row = {"client": client, "counter": counter, **chunk.row(now)}
-                (longer if chunk.stored else fresh).append(row)
-                chunk.stored = True
+                if chunk.stored:
+                    longer.append({**_changes(row), "old_lines": chunk.stored})
+                else:
+                    fresh.append(row)
+                chunk.stored = chunk.lines
             log.changed = []
         if fresh:
             connection.execute(insert(log_chunks), fresh)
-        if longer:
-            connection.execute(_LENGTHEN, [_changes(row) for row in longer])
+        if longer and connection.execute(_LENGTHEN, longer).rowcount != len(longer):
+            raise Overtaken
 
     def _large(self, changed: Mapping[Call, OpenLog]) -> set[Call]:
         large = {call for call, log in changed.items() if log.closed_bytes >= OBJECT_BYTES}
@@ -167,5 +177,6 @@ _CHANGING: Final = ("lines", "size", "upto", "cut", "at", "body")
 _LENGTHEN: Final = (
     update(log_chunks)
     .where(*(log_chunks.c[name] == bindparam(f"new_{name}") for name in _WHICH))
+    .where(log_chunks.c.lines == bindparam("old_lines"))
     .values({name: bindparam(f"new_{name}") for name in _CHANGING})
 )

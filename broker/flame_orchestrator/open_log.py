@@ -32,7 +32,7 @@ class Chunk:
         lines: How many it holds.
         size: Of their text, with a little for each line.
         packed: They.
-        stored: There is a row of it.
+        stored: How many of them its row holds; 0: it has none.
         cut: The log ends with it.
     """
 
@@ -44,7 +44,7 @@ class Chunk:
     lines: int = 0
     size: int = 0
     packed: list[bytes] = field(default_factory=list)
-    stored: bool = False
+    stored: int = 0
     cut: bool = False
 
     def takes(self, frame: EventFrame, run: int) -> bool:
@@ -114,7 +114,7 @@ class OpenLog:
         self._chunk = Chunk(
             row.start, row.worker, row.run, row.attempt, row.upto, row.lines, row.size, [packed]
         )
-        self._chunk.stored = True
+        self._chunk.stored = row.lines
 
     def add(self, frame: EventFrame, event: Event) -> None:
         """Take a line of output."""

@@ -9,7 +9,7 @@ from time import time
 
 import pytest
 from sqlalchemy import Engine, event, func, select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from flame_broker.frames import encode
 from flame_broker.messages import (
@@ -187,6 +187,18 @@ def test_what_the_database_refused_is_written_when_it_is_given_again(engine: Eng
     refusing[0] = False
     logs.write([said(["b"], first=1), said(["c"], first=2)])
     assert texts(engine) == ["a", "b", "c"]
+
+
+def test_who_was_overtaken_by_another_orchestrator_overwrites_nothing(engine: Engine) -> None:
+    first, second = Logs(engine, limit_bytes=LIMIT), Logs(engine, limit_bytes=LIMIT)
+    first.write([said(["a"])])
+    second.write([said(["b"], first=1), said(["x"], counter=2)])
+    late = said(["b", "c"], first=1), said(["x", "y"], counter=2)
+    with pytest.raises(SQLAlchemyError):
+        first.write([*late])
+    first.write([*late])
+    assert texts(engine) == ["a", "b", "c"]
+    assert texts(engine, 2) == ["x", "y"]
 
 
 def test_a_large_log_moves_into_the_store_and_reads_the_same(
