@@ -15,9 +15,10 @@ __all__ = ["Ask", "LogLine", "log_of"]
 
 _log = get_logger("flame.client")
 
-_WAIT_S: Final = 10.0
-_PATIENCE_S: Final = 10.0
-_ATTEMPTS: Final = 6
+_WAIT_S: Final = 2.0  # a question dies with the orchestrator that has it: it is put again soon
+_PATIENCE_S: Final = 4.0
+_FIRST_PATIENCE_S: Final = 10.0
+_ATTEMPTS: Final = 10
 _OVER: Final = frozenset({"succeeded", "failed", "cancelled", "expired", "quarantined"})
 
 T = TypeVar("T")
@@ -82,16 +83,17 @@ def log_of(ask: Ask, call: str, *, follow: bool = False) -> Iterator[LogLine]:
 
 def _asked(ask: Ask, call: str, since: int, *, follow: bool) -> Mapping[str, Plain]:
     """The next lines. Who follows a call does so while the orchestrator starts anew."""
-    wait_s = _WAIT_S if follow else 0.0
+    again = follow and since > 0
+    wait_s, patience_s = (_WAIT_S if follow else 0.0), (_PATIENCE_S if again else _FIRST_PATIENCE_S)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return ask(
                 lambda inquiry: inquiry.ask(
-                    "logs", call=call, since=since, wait_s=wait_s, patience_s=wait_s + _PATIENCE_S
+                    "logs", call=call, since=since, wait_s=wait_s, patience_s=wait_s + patience_s
                 )
             )
         except NoOrchestrator as problem:
-            if not (follow and since) or attempt == _ATTEMPTS:
+            if not again or attempt == _ATTEMPTS:
                 raise
             _log.warning("logs.not_answered", call=call, reason=str(problem), remedy="trying again")
     raise AssertionError("the last attempt returns or raises")
