@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_size,
         default="10m",
         metavar="SIZE",
-        help="keep so much of what one call prints (%(default)s)",
+        help="keep so much of what one call prints (%(default)s); 0: nothing",
     )
     parser.add_argument("--store", help="store URL for large logs, instead of FLAME_STORE_URL")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every step")

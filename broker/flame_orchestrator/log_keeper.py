@@ -56,7 +56,7 @@ class LogKeeper:
         keyring: Keys whose calls it follows.
         engine: The database.
         store: Takes what is large; None to keep all in the database.
-        limit_bytes: What the log of one call may hold.
+        limit_bytes: What the log of one call may hold; 0 to keep none.
 
     Attributes:
         following: Answers the question "logs".
@@ -72,6 +72,7 @@ class LogKeeper:
         limit_bytes: int,
     ) -> None:
         self._transport, self._keyring, self._store = transport, keyring, store
+        self._limit = limit_bytes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="flame-logs")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="flame-logs-read")
         self._logs = Logs(engine, limit_bytes=limit_bytes)
@@ -87,6 +88,8 @@ class LogKeeper:
 
     async def start(self) -> None:
         """Begin to listen, for each key; later where the broker cannot do it yet."""
+        if not self._limit:
+            return
         for key in self._keyring:
             if not await self._listen(key):
                 self._later(self._listen_later(key))

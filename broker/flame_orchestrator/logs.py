@@ -79,7 +79,7 @@ class Logs:
                 self._recall(connection, by_call)
                 changed = self._take(by_call)
                 self._store(connection, changed)
-        except SQLAlchemyError:
+        except BaseException:
             self._open.clear()  # what it holds is not what is stored
             raise
         return Written({*changed}, self._large(changed))
