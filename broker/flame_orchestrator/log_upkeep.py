@@ -58,7 +58,8 @@ class LogUpkeep:
         for chunks in _joinable(self._closed(call)):
             client, counter = call
             data = compress(zlib.decompress(chunk.body) for chunk in chunks)
-            key = f"logs/{call_id(client, counter)}/{chunks[0].start}"
+            # The same lines whoever moves them, so nobody overwrites what another has moved.
+            key = f"logs/{call_id(client, counter)}/{chunks[0].start}-{_end(chunks[-1])}"
             digest = hashlib.sha256(data).hexdigest()
             self._store.put(key, data, sha256=digest)
             with self._engine.begin() as connection:
@@ -118,13 +119,17 @@ def _of(call: Call) -> ColumnElement[bool]:
     return and_(log_chunks.c.client == call[0], log_chunks.c.counter == call[1])
 
 
+def _end(chunk: Row[Any]) -> int:
+    return int(chunk.start + chunk.lines)
+
+
 def _joinable(chunks: list[Row[Any]]) -> Iterator[list[Row[Any]]]:
     """Chunks of one run that follow one another, as many as make an object."""
     for _, run in groupby(chunks, lambda chunk: (chunk.worker, chunk.run, chunk.attempt)):
         together: list[Row[Any]] = []
         size = 0
         for chunk in run:
-            if together and together[-1].start + together[-1].lines != chunk.start:
+            if together and _end(together[-1]) != chunk.start:
                 together, size = [], 0
             together.append(chunk)
             size += chunk.size
