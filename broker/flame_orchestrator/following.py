@@ -33,6 +33,8 @@ _BEHIND_S: Final = 10.0
 _LOOK_EVERY_S: Final = 0.5
 """Its end is not announced to us, and another orchestrator may write its lines."""
 
+_ENDED: Final = {state.value for state in TERMINAL}
+
 T = TypeVar("T")
 
 
@@ -130,6 +132,3 @@ async def _heard(news: asyncio.Event, timeout_s: float) -> None:
             await news.wait()
     except TimeoutError:
         return
-
-
-_ENDED: Final = {state.value for state in TERMINAL}

@@ -28,6 +28,15 @@ _OPEN: Final = 500  # logs whose ends are in memory, some 32 KiB each at most
 _AT_ONCE: Final = 500
 _HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
 
+_WHICH: Final = ("client", "counter", "start")
+_CHANGING: Final = ("lines", "size", "upto", "cut", "at", "body")
+_LENGTHEN: Final = (
+    update(log_chunks)
+    .where(*(log_chunks.c[name] == bindparam(f"new_{name}") for name in _WHICH))
+    .where(log_chunks.c.lines == bindparam("old_lines"))
+    .values({name: bindparam(f"new_{name}") for name in _CHANGING})
+)
+
 Call = tuple[str, int]
 """A client and a counter."""
 
@@ -170,13 +179,3 @@ def _packed_of(connection: Connection, client: str, counter: int, start: int) ->
 
 def _changes(row: Mapping[str, Any]) -> dict[str, Any]:
     return {f"new_{name}": row[name] for name in (*_WHICH, *_CHANGING)}
-
-
-_WHICH: Final = ("client", "counter", "start")
-_CHANGING: Final = ("lines", "size", "upto", "cut", "at", "body")
-_LENGTHEN: Final = (
-    update(log_chunks)
-    .where(*(log_chunks.c[name] == bindparam(f"new_{name}") for name in _WHICH))
-    .where(log_chunks.c.lines == bindparam("old_lines"))
-    .values({name: bindparam(f"new_{name}") for name in _CHANGING})
-)
