@@ -76,6 +76,7 @@ _MAX_CALLS: Final = 2048  # far above what a client sends; a slot takes several 
 _MAX_ATTEMPTS: Final = 1_000_000
 _MAX_SECONDS: Final = 1e9  # the timers of an operating system end somewhere
 _STATUSES: Final = {int(status): status for status in Status}
+_KINDS: Final = {kind.value: kind for kind in EventKind}
 _SUSPICIONS: Final = {int(suspicion): suspicion for suspicion in Suspicion}
 
 _pack = msgpack.Packer(use_bin_type=True, unicode_errors="surrogatepass").pack
@@ -344,12 +345,20 @@ def _result(
 
 
 def _encode_events(frame: EventFrame) -> tuple[object, ...]:
-    events = [(e.counter, e.kind.value, e.text, e.fraction) for e in frame.events]
-    return _EVENTS, frame.queue, frame.client, frame.worker, frame.label, events
+    events = [e if e[4:] != (0, 0) else e[:4] for e in frame.events]
+    head = (_EVENTS, frame.queue, frame.client, frame.worker, frame.label, events)
+    return *head, frame.attempt, frame.at, frame.echo
 
 
-def _decode_events(
-    queue: str, client: str, worker: str, label: str, items: tuple[Any, ...]
+def _decode_events(  # noqa: PLR0917  # one parameter a field on the wire
+    queue: str,
+    client: str,
+    worker: str,
+    label: str,
+    items: tuple[Any, ...],
+    attempt: int = 1,
+    at: float = 0.0,
+    echo: bool = True,
 ) -> EventFrame:
     return EventFrame(
         queue=_check(queue, str),
@@ -357,13 +366,20 @@ def _decode_events(
         worker=_check(worker, str),
         label=_check(label, str),
         events=tuple([_event(*item) for item in items]),
+        attempt=_check(attempt, int),
+        at=_seconds_since_1970(at),
+        echo=_check(echo, bool),
     )
 
 
-def _event(counter: int, kind: str, text: str, fraction: float) -> Event:
-    return Event(
-        _check(counter, int), EventKind(kind), _check(text, str), _check(fraction, (int, float))
-    )
+def _event(
+    counter: int, kind: str, text: str, fraction: float, run: int = 0, index: int = 0
+) -> Event:
+    if type(counter) is not int or type(text) is not str:
+        raise TypeError("an event is a number, a kind and a text")
+    if type(run) is not int or type(index) is not int or run < 0 or index < 0:
+        raise ValueError("the lines of a run are counted from 0 on")
+    return Event(counter, _KINDS[kind], text, _check(fraction, (int, float)), run, index)
 
 
 def _encode_control(frame: ControlFrame) -> tuple[object, ...]:

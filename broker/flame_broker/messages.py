@@ -138,7 +138,7 @@ class CallSpec:
         resources: The resource class, as in queue names: ``c1``, ``c2-m4-g1``.
         timeout_s: Run timeout in seconds; 0 for none.
         grace_s: From the soft timeout (an exception in the call) to the hard one (its end).
-        echo: Send the call's output to the client's console.
+        echo: Print the call's output on the client's console.
         label: The name the user knows the service by.
         track: Keep the call's story in the ledger, where an orchestrator does so.
         retry_on: Exceptions after which the custodian may try again, as ``module.qualname``.
@@ -320,23 +320,49 @@ class ResultFrame:
 
 
 class Event(NamedTuple):
-    """Something a running call says: output, or ``(fraction, text)`` as progress."""
+    """Something a running call says: output, or ``(fraction, text)`` as progress.
+
+    Attributes:
+        counter: The call's number at its client.
+        kind: See ``EventKind``.
+        text: A line of output, or what the progress says.
+        fraction: Of progress, 0 to 1.
+        run: Which run of a call this is, among those that printed on this worker, from 1 on; 0 if
+            nobody counts.
+        index: Of a line in its run, from 0 on: so a line that was dropped, or came twice, shows.
+    """
 
     counter: int
     kind: EventKind
     text: str
     fraction: float = 0.0
+    run: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, as in Result
 
 
 @dataclass(frozen=True, slots=True)
 class EventFrame:
-    """Telemetry for one client; it may be dropped under load."""
+    """Telemetry for one client; it may be dropped under load.
+
+    Args:
+        queue: The logs exchange, that it is signed for.
+        client: Whose calls these are.
+        worker: Who runs them.
+        label: The name of the service.
+        events: One or more.
+        attempt: Of the calls.
+        at: When the worker heard of the first event, in seconds since 1970.
+        echo: Print the output on the client's console.
+    """
 
     queue: str
     client: str
     worker: str
     label: str
     events: tuple[Event, ...]
+    attempt: int = 1
+    at: float = 0.0
+    echo: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ __all__ = [
     "custody_queue",
     "dead_beside",
     "dead_queue",
+    "kept_logs_queue",
+    "kept_output",
     "ledger_queue",
     "logs_exchange",
     "logs_queue",
@@ -61,6 +63,7 @@ _LEDGER_TTL_MS: Final = 7 * 24 * 3600 * 1000
 _QUESTION_TTL_MS: Final = 60 * 1000
 _TELEMETRY_MESSAGES: Final = 10_000
 _CLASSES_BYTES: Final = 16 * 1024 * 1024
+_KEPT_LOGS_BYTES: Final = 64 * 1024 * 1024
 
 
 def check_pool(name: object) -> str:
@@ -212,8 +215,36 @@ def beats_queue(key_id: str, orchestrator: str) -> QueueSpec:
 
 
 def logs_exchange(key_id: str) -> str:
-    """The topic exchange for output and progress; the routing key is the client."""
+    """The topic exchange for output and progress.
+
+    The routing key is the client, or what ``kept_output`` makes of it.
+    """
     return f"{_PREFIX}.{key_id}.logs"
+
+
+def kept_output(client: str) -> str:
+    """The routing key for output of tracked calls, which an orchestrator keeps."""
+    return f"{client}.kept"
+
+
+def kept_logs_queue(key_id: str) -> QueueSpec:
+    """The orchestrators' ear on the logs exchange: bounded, the oldest frames drop first.
+
+    It stays while an orchestrator is away for a moment, and goes a week after the last one.
+    """
+    return QueueSpec(
+        f"{_PREFIX}.{key_id}.kept-logs",
+        QueueKind.CLASSIC,
+        arguments={
+            "x-max-length": _TELEMETRY_MESSAGES,
+            "x-max-length-bytes": _KEPT_LOGS_BYTES,
+            "x-overflow": "drop-head",
+            "x-expires": _LEDGER_TTL_MS,
+            # Lines of a call are written in their order, so by one orchestrator.
+            "x-single-active-consumer": True,
+        },
+        bindings=((logs_exchange(key_id), kept_output("*")),),
+    )
 
 
 def logs_queue(key_id: str, client: str) -> QueueSpec:
@@ -223,7 +254,7 @@ def logs_queue(key_id: str, client: str) -> QueueSpec:
         QueueKind.CLASSIC,
         exclusive=True,
         arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
-        bindings=((logs_exchange(key_id), client),),
+        bindings=tuple((logs_exchange(key_id), key) for key in (client, kept_output(client))),
     )
 
 

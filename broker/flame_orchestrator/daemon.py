@@ -21,6 +21,7 @@ from flame_broker.frames import open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
 from flame_broker.messages import CallFrame, ControlFrame, ResultFrame
+from flame_broker.store import open_store
 from flame_broker.topology import calls_exchange, ledger_queue, questions_queue
 from flame_broker.transport import Delivery, QueueSpec, Transport
 from flame_orchestrator.answers import Answers
@@ -30,6 +31,7 @@ from flame_orchestrator.database import in_words, open_database
 from flame_orchestrator.history import History
 from flame_orchestrator.leases import LEASE_S
 from flame_orchestrator.ledger import Arrival, Ledger
+from flame_orchestrator.log_keeper import LogKeeper
 
 __all__ = ["Orchestrator", "OrchestratorSettings"]
 
@@ -59,6 +61,8 @@ class OrchestratorSettings:
         keep: How long ended calls are kept.
         keep_calls: How many calls are kept, roughly.
         lease_s: How long a worker may be silent before what it runs is given to others.
+        keep_log_bytes: How much is kept of what one call prints.
+        store_url: The object store, for large logs; None to keep them in the database.
     """
 
     broker_url: str
@@ -67,6 +71,8 @@ class OrchestratorSettings:
     keep: timedelta = timedelta(days=30)
     keep_calls: int = 10_000_000
     lease_s: float = LEASE_S
+    keep_log_bytes: int = 10 * 2**20
+    store_url: str | None = None
 
 
 class Orchestrator:
@@ -89,6 +95,7 @@ class Orchestrator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._custodies: list[Custody] = []
         self._custodians: list[Custodian] = []
+        self._log_keeper: LogKeeper | None = None
 
     async def start(self) -> None:
         """Open the database, connect, begin to listen.
@@ -102,10 +109,12 @@ class Orchestrator:
         self._engine = engine
         self._ledger, history = Ledger(engine), History(engine)
         self._answers = Answers(self._transport, history, self._thread)
+        self._log_keeper = self._keep_logs(engine)
         await self._transport.open()
         for key in self.settings.keyring:
             await self._listen(key)
             await self._keep_calls(key, engine)
+        await self._log_keeper.start()
         self._later(self._forget())
         _log.info("orchestrator.ready", database=engine.url.render_as_string())
 
@@ -118,6 +127,8 @@ class Orchestrator:
             await asyncio.wait([self._writing], timeout=_LAST_WRITE_S)
         for task in [*self._tasks, *filter(None, [self._writing])]:
             task.cancel()
+        if self._log_keeper is not None:
+            await self._log_keeper.stop()
         await self._transport.close()
         self._thread.shutdown()
         if self._engine is not None:
@@ -149,6 +160,14 @@ class Orchestrator:
         )
         self._custodians.append(custodian)
         await custodian.start()
+
+    def _keep_logs(self, engine: Engine) -> LogKeeper:
+        settings = self.settings
+        store = open_store(settings.store_url) if settings.store_url else None
+        limit = settings.keep_log_bytes
+        keeper = LogKeeper(self._transport, settings.keyring, engine, store, limit_bytes=limit)
+        self._answers.add("logs", keeper.following.answer)
+        return keeper
 
     # ── the ledger ───────────────────────────────────────────────────────────
 
@@ -223,6 +242,8 @@ class Orchestrator:
             else:
                 if forgotten:
                     _log.info("ledger.forgot", rows=forgotten)
+            if self._log_keeper is not None:
+                await self._log_keeper.forget(before=oldest, keep_calls=self.settings.keep_calls)
             await asyncio.sleep(_FORGET_EVERY_S)
 
     def _delete(self, oldest: float) -> int:

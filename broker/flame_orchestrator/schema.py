@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from sqlalchemy import (
+    Boolean,
     Column,
     Float,
     Index,
@@ -30,6 +31,7 @@ __all__ = [
     "followers",
     "kept",
     "leaders",
+    "log_chunks",
     "metadata",
     "outcomes",
     "tombstones",
@@ -213,3 +215,24 @@ tombstones: Final = Table(
     Column("until", Float, nullable=False, index=True),
 )
 """Calls that were cancelled: workers that come later must not start them (rule 10)."""
+
+log_chunks: Final = Table(
+    "log_chunks",
+    metadata,
+    Column("client", Text, primary_key=True),
+    Column("counter", Integer, primary_key=True),
+    Column("start", Integer, primary_key=True),  # its first line, in the log of the call
+    Column("lines", Integer, nullable=False),
+    Column("size", Integer, nullable=False),  # of the text, with a little for each line
+    Column("worker", Text, nullable=False),
+    Column("run", Integer, nullable=False),  # among those of that worker
+    Column("attempt", Integer, nullable=False),
+    Column("upto", Integer, nullable=False),  # the number of the run's next line
+    Column("cut", Boolean, nullable=False),  # the log ends here, whatever the call says more
+    Column("at", Float, nullable=False),  # when it was written last
+    Column("body", LargeBinary),  # compressed; NULL where it is in the object store
+    Column("ref", LargeBinary),  # msgpack; where it is there
+)
+"""What calls have printed: some lines of one run in each row (``logs.py``)."""
+
+Index("log_chunks_at", log_chunks.c.at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from flame.inquiry import Enough, Facts, Inquiry
@@ -12,6 +12,7 @@ from flame_broker.topology import DEFAULT_POOL
 
 if TYPE_CHECKING:
     from flame.depths import QueueDepth
+    from flame.logs import LogLine
 
 __all__ = ["Questions"]
 
@@ -97,6 +98,22 @@ class Questions(ABC):
             "call"
         )
         return found if isinstance(found, dict) else None
+
+    def log(self, call: str, *, follow: bool = False) -> Iterator[LogLine]:
+        """What a tracked call has printed, as far as it is kept, line by line.
+
+        Args:
+            call: Its id.
+            follow: Go on with what it prints, until it has ended.
+
+        Raises:
+            ValueError: This is no call id.
+            NoOrchestrator: No orchestrator keeps a history here.
+            CallError: The history knows no such call.
+        """
+        from flame.logs import log_of
+
+        return log_of(self._ask, call, follow=follow)
 
     def ping_broker(self) -> float:
         """Seconds of one round trip to the broker: published, confirmed, delivered to us.

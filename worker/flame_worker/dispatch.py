@@ -30,6 +30,7 @@ from flame_worker.pace import Pace
 from flame_worker.pool import SlotPool
 from flame_worker.slots import Batch, Lost, Slot, SpooledResult
 from flame_worker.spool import Spool
+from flame_worker.telling import Numbering, Voice
 
 __all__ = ["BUDGET_S", "DROPPED", "Dispatcher", "Supply"]
 
@@ -108,6 +109,7 @@ class Dispatcher:
     def __init__(self, outbox: Outbox, spool: Spool) -> None:
         self._pace = Pace()
         self._apart = Apart()
+        self._numbering = Numbering()
         self._outbox = outbox
         self._spool = spool
         self._lines: dict[str, tuple[deque[Holding], ...]] = {}
@@ -278,16 +280,18 @@ class Dispatcher:
     def on_output(
         self, slot: Slot, batch: Batch, counter: int, kind: EventKind, lines: list[str]
     ) -> None:
-        """Send output to the client's console."""
-        if batch.spec.echo:
-            for line in lines:
-                self._tell(batch, Event(counter, kind, line))
+        """Send output to who prints or keeps it."""
+        voice = Voice.of(_holding_of(batch), output=True)
+        if voice.heard:
+            for event in self._numbering.events(batch, counter, kind, lines):
+                self._outbox.event(voice, event)
 
     def on_progress(
         self, slot: Slot, batch: Batch, counter: int, fraction: float, text: str
     ) -> None:
         """Send progress to the client."""
-        self._tell(batch, Event(counter, EventKind.PROGRESS, text, fraction))
+        voice = Voice.of(_holding_of(batch), output=False)
+        self._outbox.event(voice, Event(counter, EventKind.PROGRESS, text, fraction))
 
     def on_lost(self, slot: Slot, lost: Lost) -> None:
         """A child died: the call that ran fails, its neighbours are run again."""
@@ -467,9 +471,9 @@ class Dispatcher:
                     self._rebalance_soon()
         self.pump()
 
-    def _tell(self, batch: Batch, event: Event) -> None:
-        holding = batch.context.holding  # type: ignore[attr-defined]
-        self._outbox.event(holding.key, batch.client, batch.spec.label, event)
+
+def _holding_of(batch: Batch) -> Holding:
+    return batch.context.holding  # type: ignore[attr-defined,no-any-return]
 
 
 def _now() -> float:

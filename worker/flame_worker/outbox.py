@@ -40,6 +40,7 @@ from flame_broker.topology import (
 )
 from flame_broker.transport import QueueSpec, Transport, Unroutable
 from flame_worker.holding import Holding
+from flame_worker.telling import Voice
 
 __all__ = ["Outbox"]
 
@@ -57,6 +58,7 @@ _REMEMBERED_QUEUES: Final = 1000
 _EVENTS_DELAY_S: Final = 0.05
 _EVENTS_SIZE: Final = 256 * 1024
 """Characters of telemetry that are not held back: a frame of all of them is far below its limit."""
+_EVENT_SIZE: Final = 40  # what a line takes beyond its text
 
 
 _Address = tuple[str, str, int, Target]
@@ -86,7 +88,7 @@ class Outbox:
         self._transport = transport
         self._worker = worker
         self._parcels: dict[_Address, _Parcel] = {}
-        self._events: dict[tuple[Key, str, str], list[Event]] = {}
+        self._events: dict[Voice, tuple[float, list[Event]]] = {}
         self._events_size = 0
         self._in_flight: set[asyncio.Future[None]] = set()
         self._making: set[asyncio.Future[None]] = set()
@@ -210,26 +212,34 @@ class Outbox:
         }
         self.store(work_queue(queue), body, then, headers=headers)
 
-    def event(self, key: Key, client: str, label: str, event: Event) -> None:
+    def event(self, voice: Voice, event: Event) -> None:
         """Queue telemetry: packed over 50 ms, sent unconfirmed, dropped if nobody listens."""
         if not self._transport.capabilities.fanout:
             return  # said once at the start; nobody could listen
-        events = self._events.setdefault((key, client, label), [])
-        if not events:
+        said = self._events.get(voice)
+        if said is None:
+            said = self._events[voice] = time(), []
             asyncio.get_running_loop().call_later(_EVENTS_DELAY_S, self.send_events)
-        events.append(event)
-        self._events_size += len(event.text)
+        said[1].append(event)
+        self._events_size += len(event.text) + _EVENT_SIZE
         if self._events_size >= _EVENTS_SIZE:
             self.send_events()
 
     def send_events(self) -> None:
         """Send the telemetry that has piled up."""
         pending, self._events, self._events_size = self._events, {}, 0
-        for (key, client, label), events in pending.items():
+        for voice, (at, events) in pending.items():
+            key, client, label, attempt, echo, _ = voice
             exchange = logs_exchange(key.hex_id)
-            frame = EventFrame(exchange, client, self._worker, label, tuple(events))
+            frame = EventFrame(
+                exchange, client, self._worker, label, tuple(events), attempt, at, echo
+            )
             confirmed = self._transport.publish(
-                client, encode(frame, key), exchange=exchange, mandatory=False, persistent=False
+                voice.routing_key,
+                encode(frame, key),
+                exchange=exchange,
+                mandatory=False,
+                persistent=False,
             )
             confirmed.add_done_callback(_forget)
 
