@@ -120,6 +120,13 @@ TARGETS = [
     Target("flame ps over them", "<", 300, "ms", plain("history", "ps_ms")),
     Target("delayed calls: start after due, p99", "≤", 100, "ms", plain("delayed", "late_p99_ms")),
     Target("orchestrator's memory", "<", 300, "MB", plain("delayed", "peak_bytes", scale=MB)),
+    Target("worker killed: its call elsewhere", "<", 1, "s", plain("lost_workers", "closed_s")),
+    Target("worker silent: its call elsewhere", "<", 15, "s", plain("lost_workers", "silent_s")),
+    Target("the same with a lease", "<", 40, "s", plain("lost_workers", "leased_s")),
+    Target(
+        "1,000 workers' heartbeats", "<", 30, "% of a core",
+        plain("heartbeats", "cores", scale=0.01),
+    ),
     Target("worker idle, children included", "<", 1, "% of a core", idle_percent),
     Target("worker's memory (RSS)", "<", 80, "MB", resident_mb("worker")),
     Target("child's memory (RSS)", "<", 45, "MB", resident_mb("child")),

@@ -48,6 +48,8 @@ OWN_FIGURES = (
     "history",
     "tracked",
     "delayed",
+    "lost_workers",
+    "heartbeats",
 )
 REPEATED = ("cold", "sequential", "futures")
 PACKED = ("cold", "futures", "map_100k", "map_1m")
@@ -83,7 +85,7 @@ QUICK = Settings(
     delayed_calls=5_000,
     delayed_s=8.0,
     long_nap_s=1.0,
-    figure_limit_s=40.0,
+    figure_limit_s=150.0,
 )
 
 

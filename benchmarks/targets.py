@@ -6,7 +6,9 @@ processes import this file too, through `PYTHONPATH`.
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -34,6 +36,16 @@ def nap(seconds: float) -> float:
 def started_late(due: float) -> float:
     """How many seconds after `due` (since 1970) this call has started."""
     return time.time() - due
+
+
+def noted(path: str, seconds: float) -> int:
+    """Note when and under which worker this runs; wait in the first run, so that it is lost."""
+    with Path(path).open("a") as file:
+        file.write(f"{time.time()} {os.getppid()}\n")
+    runs = len(Path(path).read_text().splitlines())
+    if runs == 1:
+        time.sleep(seconds)
+    return runs
 
 
 def column_sum(array: Any, column: int) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import flame
 import flame_figures
 import history_figures
+import lease_figures
 import targets
 from processes import descendants
 from system import Lab, System, Target
@@ -26,7 +27,9 @@ STOP_LIMIT_S = 15.0
 class FlameSystem(System):
     """A worker started by its command, and this process as the client."""
 
-    own_figures = MappingProxyType({**flame_figures.FIGURES, **history_figures.FIGURES})
+    own_figures = MappingProxyType(
+        {**flame_figures.FIGURES, **history_figures.FIGURES, **lease_figures.FIGURES}
+    )
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
