@@ -55,6 +55,10 @@ def where(number: int) -> tuple[int, str]:
     return number, socket.gethostname()
 
 
+def kept(number: int) -> int:
+    return number
+
+
 def test_calls_from_outside_run_on_both_workers(runner: flame.Runner) -> None:
     service, hosts = runner.service(where), set()
 
@@ -71,8 +75,7 @@ def test_large_values_go_through_the_object_store_both_ways(runner: flame.Runner
 
 
 def test_the_history_is_kept_in_postgresql(system: ComposedSystem, runner: flame.Runner) -> None:
-    future = runner.service(where, label="kept")(7)
-    future.get(timeout=60)
+    assert runner.service(kept)(7).get(timeout=60) == 7
     (container,) = system.containers("postgres")
     query = "SELECT count(*) FROM batches WHERE label = 'kept' AND unended = 0"
 

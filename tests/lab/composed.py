@@ -128,9 +128,9 @@ class _PodmanSystem(ComposedSystem):
 
     def start(self) -> None:
         make_stand_ins(self.engine, self._file)
-        for service in self._file.services.values():
+        for image, service in {each.image: each for each in self._file.services.values()}.items():
             if service.dockerfile is not None:
-                self.engine.build(service.image, service.dockerfile, ROOT, service.build_arguments)
+                self.engine.build(image, service.dockerfile, ROOT, service.build_arguments)
         self._net.make()
         for service in self._file.services.values():
             self._start(service)
