@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
@@ -109,6 +110,7 @@ class _DockerSystem(ComposedSystem):
 
     def close(self) -> None:
         self._compose("down", "--volumes")
+        shutil.rmtree(self.folder)
 
     def _compose(self, *words: str, timeout_s: float = 120.0) -> str:
         options = [f"--project-name={self.project}", f"--env-file={self.env_file}"]
@@ -150,6 +152,7 @@ class _PodmanSystem(ComposedSystem):
         for volume in self._volumes:
             self.engine.run("volume", "rm", volume)
         self._net.remove()
+        shutil.rmtree(self.folder)
 
     def _start(self, service: Service) -> None:
         for other, condition in service.needs.items():
