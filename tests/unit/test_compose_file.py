@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flame_broker import topology
 from flame_broker.keys import Key
@@ -194,6 +195,22 @@ def test_a_password_that_would_not_fit_is_refused_with_the_remedy(password: str)
     )
     assert done.returncode == 22
     assert "tools/secrets makes one" in done.stderr
+
+
+def test_the_files_for_tls_name_the_same_places(file: ComposeFile) -> None:
+    added = yaml.safe_load((DOCKER / "tls.yml").read_text())["services"]
+    assert set(added) <= set(file.services)
+    certificates, config = (mount.split(":") for mount in added["rabbitmq"]["volumes"][0:2])
+    settings = (ROOT / config[0]).read_text()
+    named = re.findall(r"= (/\S+)/(\S+)$", settings, re.MULTILINE)
+    assert {folder for folder, _ in named} == {certificates[-2]}
+    assert all(name in certificates[1] for _, name in named)
+    assert added["rabbitmq"]["ports"][0].endswith(f":{_port(settings)}")
+
+
+def _port(settings: str) -> str:
+    (port,) = re.findall(r"^listeners.ssl.default = (\d+)$", settings, re.MULTILINE)
+    return port
 
 
 def test_the_user_may_do_all_that_flame_does_and_no_more(definitions: dict[str, Any]) -> None:
