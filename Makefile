@@ -46,6 +46,11 @@ test-all: test  ## Run all tests, then those against PostgreSQL and RabbitMQ 4 (
 	@LAB_ALL=1 LAB_RABBIT=4 $(BIN)/python -m pytest tests/integration tests/acceptance/test_broker_faults.py \
 		$(ARGS)
 
+.PHONY: compose-proof
+compose-proof: $(VENV)/.dev  ## Build the images, start the whole system and use it (Docker; or Podman, root)
+	@docker info >/dev/null 2>&1 || tools/require podman=podman runc=runc ip=iproute2 debootstrap=debootstrap
+	@LAB_COMPOSE=1 $(BIN)/python -m pytest tests/acceptance/test_compose.py $(ARGS)
+
 .PHONY: soak
 soak: $(VENV)/.dev  ## Run the stories that take many minutes (LAB_PAUSE_S=20 shortens them)
 	@tools/require rabbitmq-server=rabbitmq-server

@@ -25,7 +25,7 @@ __all__ = [
 
 BROKER_SCHEMES: Final = ("amqp", "amqps", "memory", "redis", "rediss", "sqs", "worker")
 STORE_SCHEMES: Final = ("s3", "file", "http", "https")
-DATABASE_SCHEMES: Final = ("sqlite", "postgresql", "postgres")
+DATABASE_SCHEMES: Final = ("sqlite", "postgresql", "postgresql+psycopg", "postgres")
 
 _NAMED: Final = ("amqp", "amqps")  # their hosts must be named
 _HERE: Final = ("memory", "worker")  # in this process, or the worker that runs it

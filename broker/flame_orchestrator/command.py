@@ -28,7 +28,7 @@ _SHORTEST_LEASE_S: Final = 5.0
 _EPILOG = """\
 examples:
   flame-orchestrator                                       the history in FLAME_HOME/ledger.sqlite
-  flame-orchestrator --database postgresql+psycopg://db/flame
+  flame-orchestrator --database postgresql://flame@db/flame
   flame-orchestrator --keep-days 7 --keep-calls 2000000
 
 SIGTERM and Ctrl-C end it; what is not written down yet waits in the broker. The broker and key come

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Engine, create_engine, event, inspect, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
 
-from flame_broker.errors import ConfigError
+from flame_broker.errors import ConfigError, FlameError
 
 __all__ = ["SCHEMA_VERSION", "default_url", "in_words", "open_database"]
 
@@ -22,6 +28,7 @@ SCHEMA_VERSION: Final = "0006"
 _MIGRATIONS: Final = Path(__file__).with_name("migrations")
 # Whoever asks waits behind a write that waits for a lock; it is tried again anyhow.
 _LOCK_WAIT_MS: Final = 2_000
+_PLAIN: Final = {"postgresql", "postgres"}
 
 
 def default_url(home: Path) -> str:
@@ -34,9 +41,10 @@ def open_database(url: str) -> Engine:
 
     Raises:
         ConfigError: The URL is not one, its driver is missing, or the database cannot be opened.
+        FlameError: PostgreSQL does not answer; it may later.
     """
     try:
-        parsed = make_url(url)
+        parsed = _with_driver(make_url(url))
         if parsed.get_backend_name() == "sqlite" and parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(parsed)
@@ -47,11 +55,22 @@ def open_database(url: str) -> Engine:
         _migrate(engine)
     except (ArgumentError, NoSuchModuleError, ImportError) as exc:
         raise ConfigError(
-            f"FLAME_DATABASE_URL: {exc}; expected sqlite:///file or postgresql+psycopg://host/name"
+            f"FLAME_DATABASE_URL: {exc}; expected sqlite:///file or postgresql://user@host/name"
         ) from exc
+    except OperationalError as exc:
+        said = f"the database {_masked(url)} cannot be opened: {in_words(exc)}"
+        if parsed.get_backend_name() == "sqlite":
+            raise ConfigError(said) from exc
+        # No wrong setting as far as anybody knows: whoever started us may try again.
+        raise FlameError(f"{said}; is it running?") from exc
     except (SQLAlchemyError, OSError) as exc:
         raise ConfigError(f"the database {_masked(url)} cannot be opened: {exc}") from exc
     return engine
+
+
+def _with_driver(url: URL) -> URL:
+    """PostgreSQL's own URLs name no driver, and SQLAlchemy's choice is not the one we install."""
+    return url.set(drivername="postgresql+psycopg") if url.drivername in _PLAIN else url
 
 
 def in_words(problem: Exception) -> str:

@@ -282,6 +282,13 @@ def test_a_wrong_url_names_its_variable_and_what_was_expected(
         load(environ={"FLAME_HOME": str(home), variable: value})
 
 
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg", "postgres", "sqlite"])
+def test_a_database_url_may_name_its_driver(home: Path, scheme: str) -> None:
+    url = f"{scheme}://flame@host/name"
+    found = load(environ={"FLAME_HOME": str(home), "FLAME_DATABASE_URL": url})
+    assert found.database_url == url
+
+
 def test_a_wrong_argument_is_named() -> None:
     with pytest.raises(ConfigError, match=r"broker \(argument\): expected"):
         load(broker="", environ={})

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, text
 
 from flame_broker.codec import encode_value
-from flame_broker.errors import CallCancelled, CallExpired, ConfigError, Quarantined, WorkerLost
+from flame_broker.errors import (
+    CallCancelled,
+    CallExpired,
+    ConfigError,
+    FlameError,
+    Quarantined,
+    WorkerLost,
+)
 from flame_broker.frames import encode
 from flame_broker.messages import (
     Call,
@@ -32,6 +39,7 @@ from flame_orchestrator.ledger import Arrival, Ledger
 from flame_orchestrator.schema import metadata
 from flame_orchestrator.states import CallState
 from lab.bench import KEYRING
+from lab.ports import free_port
 
 KEY = KEYRING.signer
 QUEUE = "flame.v1.0a0b0c0d.default.c1.normal"
@@ -206,6 +214,14 @@ def test_the_schema_is_what_the_migrations_make_of_an_empty_database(tmp_path: P
         assert compare_metadata(context, metadata) == []
     with database(tmp_path).connect() as connection:  # opened a second time
         assert connection.execute(text("SELECT COUNT(*) FROM batches")).scalar() == 0
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg", "postgres"])
+def test_a_database_that_does_not_answer_yet_is_no_wrong_setting(scheme: str) -> None:
+    url = f"{scheme}://flame:secret@127.0.0.1:{free_port()}/flame"
+    with pytest.raises(FlameError, match=r"flame:\*\*\*@127.*is it running\?") as raised:
+        open_database(url)
+    assert not isinstance(raised.value, ConfigError)
 
 
 def test_a_database_that_cannot_be_opened_says_what_was_expected(tmp_path: Path) -> None:

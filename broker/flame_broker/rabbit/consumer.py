@@ -21,6 +21,8 @@ __all__ = ["Consumers", "RabbitConsumer", "RabbitDelivery"]
 _NO_HEADERS: Final[Mapping[str, object]] = MappingProxyType({})
 _STREAM_OFFSET: Final = "x-stream-offset"
 _PROBE_S: Final = 30.0
+_PRECONDITION_FAILED: Final = 406
+_TOO_EARLY: Final = "does not have a running replica"
 _tags = count(1)
 
 _log = get_logger("flame.broker")
@@ -315,12 +317,17 @@ class Consumers:
             return False  # a broker in trouble is somebody else's concern
 
     async def _start_first(self, consumer: RabbitConsumer) -> None:
+        backoff = Backoff()
         while True:
             await self._up.wait()
             try:
                 return await self._start(consumer)
             except ChannelGone:
                 await asyncio.sleep(0)
+            except ChannelRefused as exc:
+                if not _is_too_early(exc):
+                    raise
+                await asyncio.sleep(backoff.next_s())
 
     async def _start(self, consumer: RabbitConsumer) -> None:
         async with consumer.turn:
@@ -352,3 +359,12 @@ class Consumers:
                 await self._start(consumer)
             except (ChannelGone, ChannelRefused) as exc:
                 _log.warning("consumer_lost", queue=consumer.queue, reason=str(exc))
+
+
+def _is_too_early(refused: ChannelRefused) -> bool:
+    """Whether a stream is there and nobody serves it yet.
+
+    Seen on 4.0: of two who declare the same stream, the second hears that it is there while the
+    broker still starts it for the first.
+    """
+    return refused.code == _PRECONDITION_FAILED and _TOO_EARLY in str(refused)
