@@ -27,7 +27,7 @@ from flame_orchestrator.database import in_words
 from flame_orchestrator.history import History, Outcome
 from flame_orchestrator.states import CallState
 
-__all__ = ["Answers"]
+__all__ = ["Answers", "Question"]
 
 _log = get_logger("flame.orchestrator")
 
@@ -37,6 +37,7 @@ _MOST_CANCELLED: Final = 100_000  # as many as a worker remembers
 
 T = TypeVar("T")
 Arguments = Mapping[str, Any]
+Question = Callable[[Arguments, Key], Awaitable[dict[str, Plain]]]
 
 
 class Answers:
@@ -54,13 +55,17 @@ class Answers:
         self._thread = thread
         self._news = asyncio.Event()
         self._waiters: dict[tuple[str, int], set[asyncio.Event]] = defaultdict(set)
-        self._questions: dict[str, Callable[[Arguments, Key], Awaitable[dict[str, Plain]]]] = {
+        self._questions: dict[str, Question] = {
             "calls": self._calls,
             "story": self._story,
             "outcome": self._outcome,
             "again": self._again,
             "cancelled": self._cancelled,
         }
+
+    def learn(self, questions: Mapping[str, Question]) -> None:
+        """Answer more questions than those about the history."""
+        self._questions |= questions
 
     def tell(self, ended: Mapping[str, set[int]]) -> None:
         """Frames were written: wake who waits for them, or for the end of calls."""

@@ -27,6 +27,9 @@ from flame_broker.topology import calls_exchange, control_exchange, custody_queu
 from flame_broker.transport import Delivery, Transport, Unroutable
 from flame_orchestrator.custody import Custody, Fenced, Letter
 from flame_orchestrator.database import in_words
+from flame_orchestrator.orders import LOOK
+from flame_orchestrator.scheduler import Scheduler
+from flame_orchestrator.schedules import Schedules
 from flame_orchestrator.timekeeper import InThread, Timekeeper
 
 __all__ = ["Custodian"]
@@ -54,6 +57,7 @@ class Custodian:
         custody: What is decided.
         in_thread: Where that blocks.
         tell: Hears which calls have ended, by client.
+        schedules: Make calls, too.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Custodian:
         custody: Custody,
         in_thread: InThread,
         tell: Callable[[Mapping[str, set[int]]], None],
+        *,
+        schedules: Schedules,
     ) -> None:
         self._transport = transport
         self._keyring = keyring
@@ -80,6 +86,9 @@ class Custodian:
         self._time = Timekeeper(
             transport, key, custody, in_thread, lambda: self._epoch, self._step_down
         )
+        self._scheduler = Scheduler(
+            schedules, in_thread, lambda: self._epoch, self._step_down, self._time.look
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -91,6 +100,7 @@ class Custodian:
         await self._transport.declare(self._queue)
         for work in (self._take_letters(), self._tick(), self._time.load(), self._time.start()):
             self._spawn(work)
+        self._spawn(self._scheduler.run())
         await self._transport.consume(self._queue.name, self._on_letter, prefetch=_AHEAD)
 
     async def stop(self) -> None:
@@ -140,8 +150,13 @@ class Custodian:
         if self._epoch is None:
             self._epoch = await self._in_thread(partial(self._custody.lead, self._holder))
             _log.info("custody.leads", key=self._key.hex_id, epoch=self._epoch)
-            self._time.look()
+            self._look()
         return self._epoch
+
+    def _look(self) -> None:
+        """Something was written down that is not known here yet."""
+        self._time.look()
+        self._scheduler.look()
 
     def _step_down(self, reason: str) -> None:
         """Act no more until a letter arrives: then the broker has chosen us again."""
@@ -201,6 +216,8 @@ class Custodian:
             _log.warning("custody.refused", reason=str(problem))
             return None
         if isinstance(frame, ControlFrame) and frame.verb != "cancel":
+            if frame.verb == LOOK:
+                self._look()
             return None
         if isinstance(frame, Deposit | ResultFrame | ControlFrame):
             letter = Letter(frame, identity(delivery.body))

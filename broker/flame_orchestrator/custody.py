@@ -8,7 +8,7 @@ wait again. Whoever writes proves that he leads: an epoch that is not the latest
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from time import time
 from typing import Any, Final, NamedTuple, cast
@@ -145,6 +145,25 @@ class Custody:
         with self._engine.begin() as connection:
             self._fence(connection, epoch)
             return _Session(connection, self._ledger, self._key, self._dialect).take(letters)
+
+    def keep(
+        self, find: Callable[[Connection], Iterable[Deposit]], *, epoch: int | None = None
+    ) -> None:
+        """Keep the calls that ``find`` gives, in the transaction that it reads and writes in.
+
+        Args:
+            find: What is to be done; it may run again if this one was not written.
+            epoch: Ours, for what only the leader may do.
+
+        Raises:
+            Fenced: Another one leads.
+            sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
+        """
+        with self._engine.begin() as connection:
+            if epoch is not None:
+                self._fence(connection, epoch)
+            letters = [Letter(deposit, b"") for deposit in find(connection)]
+            _Session(connection, self._ledger, self._key, self._dialect).take(letters)
 
     def due(self, before: float, limit: int) -> list[Due]:
         """The calls that wait and whose time comes by then, the longest overdue first."""
@@ -370,7 +389,8 @@ class _Session:
         self._connection.execute(insert.on_conflict_do_nothing())
 
     def _tell(self, frame: ResultFrame) -> Arrival:
-        self._news.results.append(frame)
+        if frame.queue:  # nobody waits for a call that a schedule has made
+            self._news.results.append(frame)
         return Arrival(frame, encode(frame, self._key))
 
 

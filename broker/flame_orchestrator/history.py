@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,7 +12,14 @@ import msgpack
 from sqlalchemy import Connection, Engine, Row, Select, and_, select
 
 from flame_broker.frames import reread
-from flame_broker.messages import Result, ResultFrame, Status, call_id, parse_call_id
+from flame_broker.messages import (
+    CallFrame,
+    Result,
+    ResultFrame,
+    Status,
+    call_id,
+    parse_call_id,
+)
 from flame_orchestrator.schema import batches, failures, kept, outcomes, tombstones
 from flame_orchestrator.spans import Span, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
@@ -80,6 +88,15 @@ class History:
         """The outcome itself; None while the call has not ended."""
         with self._engine.connect() as connection:
             return outcome_of(connection, client, counter)
+
+    def frame(self, client: str, counter: int) -> CallFrame | None:
+        """What a call was made with, by itself in a frame; None if that is not known."""
+        with self._engine.connect() as connection:
+            batch = _batch_of(connection, client, counter)
+        frame = None if batch is None else reread(batch.body)
+        if not isinstance(frame, CallFrame):
+            return None
+        return replace(frame, calls=tuple(c for c in frame.calls if c.counter == counter))
 
     def cancelled(self) -> dict[str, set[int]]:
         """The counters of cancelled calls that a worker may still come upon, by client."""

@@ -24,6 +24,7 @@ PUBLIC = {
     "Runner",
     "RunnerService",
     "SafeExecutionContext",
+    "Schedule",
     "__version__",
     "attach",
     "connect",
