@@ -28,9 +28,9 @@ def retry(
 ) -> None:
     """Run ended calls again, each as a new call, and print the new ids.
 
-    The history has what they were called with. They start afresh: with the options of their service,
-    but a queue timeout only if the orchestrator kept it. The exit code is 1 if one was refused: it
-    has not ended, or what it was called with is not known.
+    The history has what they were called with. They start afresh, with the options of their
+    service, but without the queue timeout of calls that the orchestrator did not keep. The exit
+    code is 1 if one was refused: it has not ended, or what it was called with is not known.
 
     \b
     Examples:

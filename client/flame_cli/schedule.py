@@ -1,4 +1,4 @@
-"""``flame schedule``: calls that are made again and again, to be looked at, paused, run, removed."""
+"""``flame schedule``: calls that are made again and again; looked at, paused, run, removed."""
 
 from __future__ import annotations
 
