@@ -100,11 +100,12 @@ class Schedules:
             ValueError: The expression names no moment that comes, or there is no such time zone.
             sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
         """
-        first = Cron(plan.cron, plan.timezone).after(time())
+        now = time()
+        first = Cron(plan.cron, plan.timezone).after(now)
         if first is None:
             raise ValueError(f"cron {plan.cron!r}: it names no time that ever comes")
         definition = self._definition(plan)
-        fresh = {**definition, **self._beginning(plan.name), "due_at": first}
+        fresh = {**definition, **self._beginning(plan.name, now), "due_at": first}
         with self._engine.begin() as connection:
             new = self._dialect.insert(schedules).values(fresh).on_conflict_do_nothing()
             if not connection.execute(new).rowcount:
@@ -275,7 +276,7 @@ class Schedules:
             "body": encode(replace(plan.deposit, queue=queue), self._key),
         }
 
-    def _beginning(self, name: str) -> Facts:
+    def _beginning(self, name: str, now: float) -> Facts:
         return {
             "key_id": self._key.hex_id,
             "name": name,
@@ -283,7 +284,7 @@ class Schedules:
             "paused": False,
             "fired": 0,
             "skipped_why": "",
-            "created_at": time(),
+            "created_at": now,
         }
 
 
