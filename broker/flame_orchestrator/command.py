@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flame-orchestrator",
         description="Keep the story of every call for `flame ps`, `show` and `result`, and the\n"
-        "calls that need time: those to be tried again, later, or once.",
+        "calls that need time: those to be tried again, later, once, or on a schedule.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
