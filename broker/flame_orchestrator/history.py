@@ -20,7 +20,7 @@ from flame_broker.messages import (
     call_id,
     parse_call_id,
 )
-from flame_orchestrator.schema import batches, failures, kept, outcomes, tombstones
+from flame_orchestrator.schema import batches, failures, kept, outcomes, schedules, tombstones
 from flame_orchestrator.spans import Span, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
 
@@ -74,6 +74,7 @@ class History:
             if batch is None and outcome is None:
                 return None
             facts: Facts = {"id": call_id(client, counter), "state": CallState.QUEUED.value}
+            facts |= _schedule_of(connection, client)
             if batch is not None:
                 facts |= _circumstances(batch)
                 if _has_ended(batch, counter):
@@ -237,6 +238,12 @@ def _kept_in(connection: Connection, client: str, first: int, last: int) -> dict
         select(*columns).where(kept.c.client == client, kept.c.counter.between(first, last))
     )
     return {row.counter: _custody(row) for row in rows}
+
+
+def _schedule_of(connection: Connection, client: str) -> Facts:
+    """Whose call it is, if a schedule makes the calls of that client."""
+    name = connection.scalar(select(schedules.c.name).where(schedules.c.client == client))
+    return {} if name is None else {"schedule": name}
 
 
 def _custody(row: Any) -> Facts:

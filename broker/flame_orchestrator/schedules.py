@@ -35,7 +35,7 @@ Facts = dict[str, Any]
 
 _MOST_MISSED: Final = 100
 _LATE_S: Final = 60.0
-_MOST: Final = 200
+_MOST: Final = 100
 _MOST_RUNS: Final = 10
 _MOST_AHEAD: Final = 3
 _ID_BYTES: Final = 5
@@ -71,6 +71,20 @@ class Fired(NamedTuple):
 
     calls: int
     next_at: float | None
+
+
+class _Step(NamedTuple):
+    """What is to be done for one schedule now.
+
+    Attributes:
+        moments: Those that have a call.
+        next_at: When it is due again.
+        skipped: The last moment that has none, and why.
+    """
+
+    moments: list[float]
+    next_at: float | None
+    skipped: tuple[float, str] | None
 
 
 class Schedules:
@@ -229,25 +243,21 @@ class Schedules:
         self, connection: Connection, row: Row[Any], now: float, until: float
     ) -> list[Deposit]:
         try:
-            cron = Cron(row.cron, row.timezone)
+            step = _step(row, now, until)
         except ValueError as problem:  # this machine knows fewer zones; the others go on
             _log.error("schedule.not_fired", name=row.name, reason=str(problem))
             return []
-        moments = _caught_up(row, cron, now, until)
-        changes: Facts = {"due_at": cron.after(until)}
-        late = cron.until(until) if not moments else None
-        if late is not None and late >= row.due_at:
-            changes |= {"skipped_at": late, "skipped_why": f"it was {now - late:.0f} s late"}
-        elif moments and not row.overlap and (busy := _unended(connection, row.client)):
-            changes |= {"skipped_at": moments[-1], "skipped_why": f"{busy} had not ended"}
-            moments = []
-        if "skipped_at" in changes:
-            _log.warning("schedule.skipped", name=row.name, reason=changes["skipped_why"])
-        if moments:
-            changes |= {"fired": row.fired + len(moments), "fired_at": moments[-1]}
-            _log.info("schedule.fired", name=row.name, calls=len(moments))
+        if step.moments and not row.overlap and (busy := _unended(connection, row.client)):
+            step = step._replace(moments=[], skipped=(step.moments[-1], f"{busy} had not ended"))
+        changes: Facts = {"due_at": step.next_at}
+        if step.skipped is not None:
+            changes["skipped_at"], changes["skipped_why"] = step.skipped
+            _log.warning("schedule.skipped", name=row.name, reason=step.skipped[1])
+        if step.moments:
+            changes |= {"fired": row.fired + len(step.moments), "fired_at": step.moments[-1]}
+            _log.info("schedule.fired", name=row.name, calls=len(step.moments))
         self._change(connection, row.name, changes)
-        return [_deposit(row, row.fired + 1 + n, at) for n, at in enumerate(moments)]
+        return [_deposit(row, row.fired + n, at) for n, at in enumerate(step.moments, 1)]
 
     # ── rows ─────────────────────────────────────────────────────────────────
 
@@ -293,13 +303,22 @@ def _check(found: object, name: str) -> None:
         raise LookupError(f"there is no schedule {name!r}; `flame schedule` lists those there are")
 
 
-def _caught_up(row: Row[Any], cron: Cron, now: float, until: float) -> list[float]:
-    """The moments up to then that have a call, by the policy."""
-    policy = CatchUp(row.catch_up)
+def _step(row: Row[Any], now: float, until: float) -> _Step:
+    """Which moments up to then have a call, by the policy.
+
+    Raises:
+        ValueError: This machine does not know the time zone.
+    """
+    cron, policy = Cron(row.cron, row.timezone), CatchUp(row.catch_up)
     found = cron.between(row.due_at, until, _MOST_MISSED if policy is CatchUp.ALL else 1)
-    if policy is CatchUp.NONE:
-        return [moment for moment in found if moment >= now - _LATE_S]
-    return found
+    skipped = None
+    if found and found[0] > row.due_at:
+        last = cron.until(found[0] - 1)
+        skipped = (last or row.due_at, "it was missed; a later one has its call")
+    if policy is CatchUp.NONE and found and found[-1] < now - _LATE_S:
+        skipped = (found[-1], f"it would have been {now - found[-1]:.0f} s late")
+        found = []
+    return _Step(found, cron.after(until), skipped)
 
 
 def _next(row: Row[Any], cron: Cron) -> float | None:

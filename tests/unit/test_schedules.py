@@ -133,27 +133,33 @@ def test_nobody_but_the_ledger_is_told_how_a_call_ended(desk: Desk) -> None:
     assert desk.end(facts["id"]) == []
     story = desk.history.story(facts["id"].rpartition("-")[0], 1)
     assert story is not None
-    assert story["state"] == "succeeded"
+    assert (story["state"], story["schedule"]) == ("succeeded", "s")
 
 
 @pytest.mark.parametrize(
-    ("catch_up", "late_s", "hours"),
+    ("catch_up", "late_s", "hours", "skipped"),
     [
-        (CatchUp.NONE, 59, [4]),
-        (CatchUp.NONE, 61, []),
-        (CatchUp.LATEST, 61, [4]),
-        (CatchUp.ALL, 61, [1, 2, 3, 4]),
+        (CatchUp.NONE, 59, [4], (3, "it was missed; a later one has its call")),
+        (CatchUp.NONE, 61, [], (4, "it would have been 61 s late")),
+        (CatchUp.LATEST, 61, [4], (3, "it was missed; a later one has its call")),
+        (CatchUp.ALL, 61, [1, 2, 3, 4], None),
     ],
 )
 def test_what_passed_while_nobody_was_there_is_caught_up_on_by_the_policy(
-    desk: Desk, catch_up: CatchUp, late_s: float, hours: list[int]
+    desk: Desk,
+    catch_up: CatchUp,
+    late_s: float,
+    hours: list[int],
+    skipped: tuple[int, str] | None,
 ) -> None:
     desk.put(catch_up=catch_up)
     desk.fire(NOON + 4 * HOUR + late_s)
     assert desk.moments() == [NOON + n * HOUR for n in hours]
     assert desk.fire(NOON + 5 * HOUR).calls == 1
-    reason = desk.schedules.show("s")["skipped_why"]
-    assert reason == ("" if hours else "it was 61 s late")
+    shown = desk.schedules.show("s")
+    hour, why = skipped or (None, "")
+    assert shown["skipped_at"] == (None if hour is None else NOON + hour * HOUR)
+    assert shown["skipped_why"] == why
 
 
 def test_at_most_a_hundred_missed_calls_are_made_the_latest(desk: Desk) -> None:
