@@ -226,7 +226,8 @@ class Schedules:
             return made
 
         self._custody.keep(fire_due, epoch=epoch)
-        return Fired(len(made), now if len(due) == _MOST else self._next_at(until))
+        more = len(due) == _MOST and bool(made)
+        return Fired(len(made), now if more else self._next_at(until))
 
     def _next_at(self, after: float) -> float | None:
         waits = and_(self._ours(), schedules.c.paused.is_(False), schedules.c.due_at > after)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -38,7 +39,9 @@ class Clockwork:
         self.asked.append(until)
         if self.faults:
             raise self.faults.pop()
-        return Fired(int(until >= self.due_at), self.due_at)
+        calls = int(until >= self.due_at)
+        self.due_at += 10.0 * calls
+        return Fired(calls, self.due_at)
 
     def _tell(self) -> None:
         self.told += 1
@@ -52,6 +55,16 @@ def works(monkeypatch: pytest.MonkeyPatch) -> Clockwork:
     return Clockwork(monkeypatch)
 
 
+@asynccontextmanager
+async def running(works: Clockwork) -> AsyncIterator[None]:
+    task = asyncio.ensure_future(works.scheduler.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def asked(works: Clockwork, times: int) -> None:
     await eventually(lambda: len(works.asked) >= times)
 
@@ -59,33 +72,30 @@ async def asked(works: Clockwork, times: int) -> None:
 async def test_calls_are_made_half_a_second_early_and_custody_hears_of_them(
     works: Clockwork,
 ) -> None:
-    running = asyncio.ensure_future(works.scheduler.run())
-    await asked(works, 1)
-    assert (works.asked, works.told) == ([1000.5], 0)
-    works.now = 1009.5
-    works.scheduler.look()
-    await eventually(lambda: works.told)
-    assert works.asked[1] == 1010.0
-    running.cancel()
+    async with running(works):
+        await asked(works, 1)
+        assert (works.asked, works.told) == ([1000.5], 0)
+        works.now = 1009.5
+        works.scheduler.look()
+        await eventually(lambda: works.told)
+        assert works.asked[1] == 1010.0
 
 
 async def test_who_does_not_lead_asks_for_nothing_until_it_does(works: Clockwork) -> None:
     works.epoch = None
-    running = asyncio.ensure_future(works.scheduler.run())
-    works.scheduler.look()
-    await asyncio.sleep(0)
-    assert works.asked == []
-    works.epoch = 2
-    works.scheduler.look()
-    await asked(works, 1)
-    running.cancel()
+    async with running(works):
+        works.scheduler.look()
+        await eventually(lambda: not works.scheduler._news.is_set())
+        assert works.asked == []
+        works.epoch = 2
+        works.scheduler.look()
+        await asked(works, 1)
 
 
 async def test_a_database_that_refuses_is_asked_again_and_a_fence_is_told_of(
     works: Clockwork,
 ) -> None:
     works.faults = [Fenced("epoch 1 is over"), OperationalError("locked", {}, OSError("locked"))]
-    running = asyncio.ensure_future(works.scheduler.run())
-    await eventually(lambda: works.fenced == ["epoch 1 is over"])
-    assert len(works.asked) == 2
-    running.cancel()
+    async with running(works):
+        await eventually(lambda: works.fenced == ["epoch 1 is over"])
+        assert len(works.asked) == 2
