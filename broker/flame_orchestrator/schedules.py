@@ -123,7 +123,7 @@ class Schedules:
         with self._engine.begin() as connection:
             new = self._dialect.insert(schedules).values(fresh).on_conflict_do_nothing()
             if not connection.execute(new).rowcount:
-                old = self._row(connection, plan.name)
+                old = self._row(connection, plan.name, lock=True)
                 if (old.cron, old.timezone) != (plan.cron, plan.timezone):
                     definition["due_at"] = _next(old, Cron(plan.cron, plan.timezone))
                 self._change(connection, plan.name, definition)
@@ -268,8 +268,9 @@ class Schedules:
     def _is(self, name: str) -> Any:
         return and_(self._ours(), schedules.c.name == name)
 
-    def _row(self, connection: Connection, name: str) -> Row[Any]:
-        row = connection.execute(select(schedules).where(self._is(name))).one_or_none()
+    def _row(self, connection: Connection, name: str, *, lock: bool = False) -> Row[Any]:
+        wanted = select(schedules).where(self._is(name))
+        row = connection.execute(wanted.with_for_update() if lock else wanted).one_or_none()
         _check(row is not None, name)
         return cast(Row[Any], row)
 

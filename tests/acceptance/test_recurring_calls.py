@@ -75,7 +75,7 @@ def test_a_schedule_is_made_run_paused_changed_and_removed(
 ) -> None:
     numbers = list(range(50_000))  # more than a message carries
     with cluster.client() as client, flame.Runner("t", client=client) as runner:
-        service = runner.service(total, resreq="cpu=2")
+        service = runner.service(total, resreq="cpu=2", priority="high", timeout=60)
         with pytest.raises(NoOrchestrator, match="start one"):
             service.schedule(NEVER_NOW, numbers, name="yearly")
         cluster.orchestrator()
@@ -103,6 +103,11 @@ def test_a_schedule_is_made_run_paused_changed_and_removed(
         assert flame.attach(second, client=client).get(timeout=30) == sum(numbers) + 7
         (listed,) = json.loads(cluster.command("schedule", "--json").stdout)
         assert (listed["name"], listed["state"], listed["fired"]) == ("yearly", "active", 2)
+        assert (listed["pool"], listed["resources"], listed["priority"]) == (
+            "default",
+            "c2",
+            "high",
+        )
         assert second in command("ps").out
 
         assert command("schedule", "pause", "yearly") == (0, "yearly is paused\n", "")
