@@ -31,18 +31,21 @@ from flame_broker.messages import (
     Call,
     CallFrame,
     CallSpec,
+    Claim,
     ControlFrame,
     Deposit,
     Event,
     EventFrame,
     EventKind,
     Frame,
+    Limitation,
     Result,
     ResultFrame,
     RetryPolicy,
     Status,
     Suspicion,
     Target,
+    parse_call_id,
 )
 from flame_broker.objects import ObjectRef, is_sha256
 from flame_broker.signing import SIGNATURE_BYTES, sign, verify
@@ -68,11 +71,12 @@ MAX_FRAME_BYTES: Final = 4 * 1024 * 1024
 _MAGIC: Final = b"FLM"
 _PREFIX_BYTES: Final = len(_MAGIC) + 1 + KEY_ID_BYTES
 _BODY_AT: Final = _PREFIX_BYTES + SIGNATURE_BYTES
-_CALLS, _RESULTS, _EVENTS, _CONTROL, _DEPOSIT = range(5)
+_CALLS, _RESULTS, _EVENTS, _CONTROL, _DEPOSIT, _CLAIM = range(6)
 _MAX_CALLS: Final = 2048  # far above what a client sends; a slot takes several such frames
 _MAX_ATTEMPTS: Final = 1_000_000
 _MAX_SECONDS: Final = 1e9  # the timers of an operating system end somewhere
 _STATUSES: Final = {int(status): status for status in Status}
+_KINDS: Final = {kind.value: kind for kind in EventKind}
 _SUSPICIONS: Final = {int(suspicion): suspicion for suspicion in Suspicion}
 
 _pack = msgpack.Packer(use_bin_type=True, unicode_errors="surrogatepass").pack
@@ -224,6 +228,8 @@ def _encode_calls(frame: CallFrame) -> tuple[object, ...]:
 
 def _encode_spec(spec: CallSpec) -> tuple[object, ...]:
     fields = (spec.resources, spec.timeout_s, spec.grace_s, spec.echo, spec.label, spec.track)
+    if spec.at_most_once:
+        return *fields, spec.retry_on, spec.exit_codes, True
     if spec.retry_on or spec.exit_codes:
         return *fields, spec.retry_on, spec.exit_codes
     return fields
@@ -278,6 +284,7 @@ def _spec(  # noqa: PLR0913, PLR0917  # one parameter a field on the wire
     track: bool,
     retry_on: tuple[Any, ...] = (),
     exit_codes: tuple[Any, ...] = (),
+    at_most_once: bool = False,
 ) -> CallSpec:
     return CallSpec(
         target=target,
@@ -289,6 +296,7 @@ def _spec(  # noqa: PLR0913, PLR0917  # one parameter a field on the wire
         track=_check(track, bool),
         retry_on=tuple([_check(name, str) for name in retry_on]),
         exit_codes=tuple([_check(code, int) for code in exit_codes]),
+        at_most_once=_check(at_most_once, bool),
     )
 
 
@@ -337,12 +345,20 @@ def _result(
 
 
 def _encode_events(frame: EventFrame) -> tuple[object, ...]:
-    events = [(e.counter, e.kind.value, e.text, e.fraction) for e in frame.events]
-    return _EVENTS, frame.queue, frame.client, frame.worker, frame.label, events
+    events = [e if e[4:] != (0, 0) else e[:4] for e in frame.events]
+    head = (_EVENTS, frame.queue, frame.client, frame.worker, frame.label, events)
+    return *head, frame.attempt, frame.at, frame.echo
 
 
-def _decode_events(
-    queue: str, client: str, worker: str, label: str, items: tuple[Any, ...]
+def _decode_events(  # noqa: PLR0917  # one parameter a field on the wire
+    queue: str,
+    client: str,
+    worker: str,
+    label: str,
+    items: tuple[Any, ...],
+    attempt: int = 1,
+    at: float = 0.0,
+    echo: bool = True,
 ) -> EventFrame:
     return EventFrame(
         queue=_check(queue, str),
@@ -350,13 +366,20 @@ def _decode_events(
         worker=_check(worker, str),
         label=_check(label, str),
         events=tuple([_event(*item) for item in items]),
+        attempt=_check(attempt, int),
+        at=_seconds_since_1970(at),
+        echo=_check(echo, bool),
     )
 
 
-def _event(counter: int, kind: str, text: str, fraction: float) -> Event:
-    return Event(
-        _check(counter, int), EventKind(kind), _check(text, str), _check(fraction, (int, float))
-    )
+def _event(
+    counter: int, kind: str, text: str, fraction: float, run: int = 0, index: int = 0
+) -> Event:
+    if type(counter) is not int or type(text) is not str:
+        raise TypeError("an event is a number, a kind and a text")
+    if type(run) is not int or type(index) is not int or run < 0 or index < 0:
+        raise ValueError("the lines of a run are counted from 0 on")
+    return Event(counter, _KINDS[kind], text, _check(fraction, (int, float)), run, index)
 
 
 def _encode_control(frame: ControlFrame) -> tuple[object, ...]:
@@ -374,20 +397,24 @@ def _encode_deposit(frame: Deposit) -> tuple[object, ...]:
         retry.attempts, retry.backoff_s, retry.factor, retry.jitter
     )  # fmt: skip
     calls = _encode_calls(frame.frame)[1:]
-    return _DEPOSIT, frame.queue, frame.due, frame.keys, policy, frame.queue_timeout_s, calls
+    head = (_DEPOSIT, frame.queue, frame.due, frame.keys, policy, frame.queue_timeout_s, calls)
+    return (*head, frame.after, frame.limits) if frame.after or frame.limits else head
 
 
-def _decode_deposit(
+def _decode_deposit(  # noqa: PLR0917  # one parameter a field on the wire
     queue: str,
     due: tuple[Any, ...],
     keys: tuple[Any, ...],
     policy: tuple[Any, ...] | None,
     queue_timeout_s: float,
     calls: tuple[Any, ...],
+    after: tuple[Any, ...] = (),
+    limits: tuple[Any, ...] = (),
 ) -> Deposit:
     frame = _decode_calls(*calls)
-    if not len(due) == len(keys) == len(frame.calls):
-        raise ValueError(f"{len(frame.calls)} calls with {len(due)} times and {len(keys)} keys")
+    number = len(frame.calls)
+    if not len(due) == len(keys) == number or {len(after), len(limits)} - {0, number}:
+        raise ValueError(f"a deposit of {number} calls with terms for more or fewer of them")
     return Deposit(
         queue=_check(queue, str),
         frame=frame,
@@ -395,6 +422,37 @@ def _decode_deposit(
         keys=tuple([_check(key, str) for key in keys]),
         retry=None if policy is None else _policy(*policy),
         queue_timeout_s=_seconds(queue_timeout_s),
+        after=tuple([tuple([_call_id(call) for call in calls]) for calls in after]),
+        limits=tuple([None if limit is None else _limitation(*limit) for limit in limits]),
+    )
+
+
+def _call_id(text: object) -> str:
+    parse_call_id(_check(text, str))
+    return cast(str, text)
+
+
+def _limitation(key: str, calls: int) -> Limitation:
+    if not 0 < _check(calls, int) <= _MAX_ATTEMPTS:
+        raise ValueError(f"a limit of {calls} calls")
+    return Limitation(_check(key, str), calls)
+
+
+def _encode_claim(claim: Claim) -> tuple[object, ...]:
+    calls = _encode_calls(claim.frame)[1:]
+    return _CLAIM, claim.queue, claim.run, claim.worker, claim.reply, claim.look, calls
+
+
+def _decode_claim(
+    queue: str, run: str, worker: str, reply: str, look: bool, calls: tuple[Any, ...]
+) -> Claim:
+    return Claim(
+        queue=_check(queue, str),
+        frame=_decode_calls(*calls),
+        run=_check(run, str),
+        worker=_check(worker, str),
+        reply=_check(reply, str),
+        look=_check(look, bool),
     )
 
 
@@ -417,6 +475,7 @@ _ENCODERS: Final[dict[type, Callable[[Any], tuple[object, ...]]]] = {
     EventFrame: _encode_events,
     ControlFrame: _encode_control,
     Deposit: _encode_deposit,
+    Claim: _encode_claim,
 }
 _DECODERS: Final[dict[int, Callable[..., Frame]]] = {
     _CALLS: _decode_calls,
@@ -424,4 +483,5 @@ _DECODERS: Final[dict[int, Callable[..., Frame]]] = {
     _EVENTS: _decode_events,
     _CONTROL: _decode_control,
     _DEPOSIT: _decode_deposit,
+    _CLAIM: _decode_claim,
 }

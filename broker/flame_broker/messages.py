@@ -25,12 +25,14 @@ __all__ = [
     "Call",
     "CallFrame",
     "CallSpec",
+    "Claim",
     "ControlFrame",
     "Deposit",
     "Event",
     "EventFrame",
     "EventKind",
     "Frame",
+    "Limitation",
     "Plain",
     "Priority",
     "Result",
@@ -136,11 +138,12 @@ class CallSpec:
         resources: The resource class, as in queue names: ``c1``, ``c2-m4-g1``.
         timeout_s: Run timeout in seconds; 0 for none.
         grace_s: From the soft timeout (an exception in the call) to the hard one (its end).
-        echo: Send the call's output to the client's console.
+        echo: Print the call's output on the client's console.
         label: The name the user knows the service by.
         track: Keep the call's story in the ledger, where an orchestrator does so.
         retry_on: Exceptions after which the custodian may try again, as ``module.qualname``.
         exit_codes: The same for a call that exits, by its code.
+        at_most_once: Never start it twice; a lost run is its end (PROTOCOL.md, promise P3).
     """
 
     target: Target
@@ -152,6 +155,7 @@ class CallSpec:
     track: bool = True
     retry_on: tuple[str, ...] = ()
     exit_codes: tuple[int, ...] = ()
+    at_most_once: bool = False
 
 
 class Call(NamedTuple):
@@ -215,6 +219,18 @@ class RetryPolicy:
     jitter: bool
 
 
+class Limitation(NamedTuple):
+    """A call starts only while fewer calls with the same key are under way.
+
+    Attributes:
+        key: What they share.
+        calls: How many of them there may be, this one included.
+    """
+
+    key: str
+    calls: int
+
+
 @dataclass(frozen=True, slots=True)
 class Deposit:
     """Calls that need time: the orchestrator keeps them and has them run (PROTOCOL.md, rule 7).
@@ -226,6 +242,8 @@ class Deposit:
         keys: What each call is to be done once for; ``""``: it stands for itself.
         retry: None to try once.
         queue_timeout_s: How long each attempt may wait for a worker; 0 for ever.
+        after: The ids of the calls that each call waits for; empty if none waits for any.
+        limits: The limit that each call is under; empty if none is.
     """
 
     queue: str
@@ -234,6 +252,32 @@ class Deposit:
     keys: tuple[str, ...]
     retry: RetryPolicy | None = None
     queue_timeout_s: float = 0.0
+    after: tuple[tuple[str, ...], ...] = ()
+    limits: tuple[Limitation | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A worker asks for the lease on calls that it has (PROTOCOL.md, rules 4 to 6).
+
+    The answer is a control frame ``leased``. Once a lease is granted, the orchestrator has the
+    call itself, and the worker takes it off its queue.
+
+    Args:
+        queue: The custody queue, that it is signed for.
+        frame: The calls, as they were delivered.
+        run: Which start of them this is; a lease is for one.
+        worker: Who asks.
+        reply: Where the answer goes.
+        look: Only say whether somebody else may be running them.
+    """
+
+    queue: str
+    frame: CallFrame
+    run: str
+    worker: str
+    reply: str
+    look: bool = False
 
 
 class Result(NamedTuple):
@@ -276,23 +320,49 @@ class ResultFrame:
 
 
 class Event(NamedTuple):
-    """Something a running call says: output, or ``(fraction, text)`` as progress."""
+    """Something a running call says: output, or ``(fraction, text)`` as progress.
+
+    Attributes:
+        counter: The call's number at its client.
+        kind: See ``EventKind``.
+        text: A line of output, or what the progress says.
+        fraction: Of progress, 0 to 1.
+        run: Which run of a call this is, among those that printed on this worker, from 1 on; 0 if
+            nobody counts.
+        index: Of a line in its run, from 0 on: so a line that was dropped, or came twice, shows.
+    """
 
     counter: int
     kind: EventKind
     text: str
     fraction: float = 0.0
+    run: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, as in Result
 
 
 @dataclass(frozen=True, slots=True)
 class EventFrame:
-    """Telemetry for one client; it may be dropped under load."""
+    """Telemetry for one client; it may be dropped under load.
+
+    Args:
+        queue: The logs exchange, that it is signed for.
+        client: Whose calls these are.
+        worker: Who runs them.
+        label: The name of the service.
+        events: One or more.
+        attempt: Of the calls.
+        at: When the worker heard of the first event, in seconds since 1970.
+        echo: Print the output on the client's console.
+    """
 
     queue: str
     client: str
     worker: str
     label: str
     events: tuple[Event, ...]
+    attempt: int = 1
+    at: float = 0.0
+    echo: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +373,11 @@ class ControlFrame:
     answered by ``running`` (client, counters: those that have started at a worker, which keeps
     silent if none has), ``hello`` (reply) answered by ``here`` (facts of a worker), ``class`` (a
     resource class that exists in a pool), ``drain`` (worker).
+
+    Of the orchestrator that leads, each with its epoch: ``leads`` (lease_s), every two seconds;
+    ``leased`` (run, granted, refused: counters), the answer to a ``Claim``; ``reclaim`` (runs that
+    it has no lease for). To it: ``release`` (client, counters, run: not started after all), and
+    ``beat`` (worker, runs), by which leases are renewed.
     """
 
     queue: str
@@ -310,7 +385,7 @@ class ControlFrame:
     arguments: Mapping[str, Plain] = field(default_factory=dict)
 
 
-Frame = CallFrame | ResultFrame | EventFrame | ControlFrame | Deposit
+Frame = CallFrame | ResultFrame | EventFrame | ControlFrame | Deposit | Claim
 
 
 def call_id(client: str, counter: int) -> str:

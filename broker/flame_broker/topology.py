@@ -22,6 +22,8 @@ __all__ = [
     "DEFAULT_POOL",
     "REASON_HEADER",
     "SET_ASIDE_HEADER",
+    "beats_exchange",
+    "beats_queue",
     "calls_exchange",
     "calls_queue",
     "check_pool",
@@ -29,13 +31,17 @@ __all__ = [
     "control_exchange",
     "control_queue",
     "custody_queue",
+    "dead_beside",
     "dead_queue",
+    "kept_logs_queue",
+    "kept_output",
     "ledger_queue",
     "logs_exchange",
     "logs_queue",
     "parked_queue",
     "questions_queue",
     "reply_queue",
+    "suspects_beside",
     "suspects_queue",
     "tracked",
     "work_queue",
@@ -57,6 +63,7 @@ _LEDGER_TTL_MS: Final = 7 * 24 * 3600 * 1000
 _QUESTION_TTL_MS: Final = 60 * 1000
 _TELEMETRY_MESSAGES: Final = 10_000
 _CLASSES_BYTES: Final = 16 * 1024 * 1024
+_KEPT_LOGS_BYTES: Final = 64 * 1024 * 1024
 
 
 def check_pool(name: object) -> str:
@@ -96,6 +103,20 @@ def calls_queue(
 def suspects_queue(key_id: str, pool: str) -> QueueSpec:
     """Where redelivered calls wait, one a frame, to be run alone (rule 4)."""
     return work_queue(f"{_PREFIX}.{key_id}.{pool}.suspects")
+
+
+def suspects_beside(queue: str) -> str:
+    """The name of the suspects queue in the pool of another of its queues, or of itself.
+
+    >>> suspects_beside("flame.v1.0a1b2c3d.default.c1.normal")
+    'flame.v1.0a1b2c3d.default.suspects'
+    """
+    return ".".join([*queue.split(".")[:4], "suspects"])
+
+
+def dead_beside(queue: str) -> str:
+    """The same for the messages that nobody can run."""
+    return ".".join([*queue.split(".")[:4], "dead"])
 
 
 def dead_queue(key_id: str, pool: str) -> QueueSpec:
@@ -177,9 +198,53 @@ def control_queue(key_id: str, worker: str) -> QueueSpec:
     )
 
 
+def beats_exchange(key_id: str) -> str:
+    """The fanout that workers' heartbeats go to, by which leases are renewed (rule 6)."""
+    return f"{_PREFIX}.{key_id}.beats"
+
+
+def beats_queue(key_id: str, orchestrator: str) -> QueueSpec:
+    """An orchestrator's own ear on the heartbeats: bounded, and the newest ones count."""
+    return QueueSpec(
+        f"{_PREFIX}.{key_id}.beats.{orchestrator}",
+        QueueKind.CLASSIC,
+        exclusive=True,
+        arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
+        bindings=((beats_exchange(key_id), ""),),
+    )
+
+
 def logs_exchange(key_id: str) -> str:
-    """The topic exchange for output and progress; the routing key is the client."""
+    """The topic exchange for output and progress.
+
+    The routing key is the client, or what ``kept_output`` makes of it.
+    """
     return f"{_PREFIX}.{key_id}.logs"
+
+
+def kept_output(client: str) -> str:
+    """The routing key for output of tracked calls, which an orchestrator keeps."""
+    return f"{client}.kept"
+
+
+def kept_logs_queue(key_id: str) -> QueueSpec:
+    """The orchestrators' ear on the logs exchange: bounded, the oldest frames drop first.
+
+    It stays while an orchestrator is away for a moment, and goes a week after the last one.
+    """
+    return QueueSpec(
+        f"{_PREFIX}.{key_id}.kept-logs",
+        QueueKind.CLASSIC,
+        arguments={
+            "x-max-length": _TELEMETRY_MESSAGES,
+            "x-max-length-bytes": _KEPT_LOGS_BYTES,
+            "x-overflow": "drop-head",
+            "x-expires": _LEDGER_TTL_MS,
+            # Lines of a call are written in their order, so by one orchestrator.
+            "x-single-active-consumer": True,
+        },
+        bindings=((logs_exchange(key_id), kept_output("*")),),
+    )
 
 
 def logs_queue(key_id: str, client: str) -> QueueSpec:
@@ -189,7 +254,7 @@ def logs_queue(key_id: str, client: str) -> QueueSpec:
         QueueKind.CLASSIC,
         exclusive=True,
         arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
-        bindings=((logs_exchange(key_id), client),),
+        bindings=tuple((logs_exchange(key_id), key) for key in (client, kept_output(client))),
     )
 
 

@@ -63,9 +63,9 @@ class Answers:
             "cancelled": self._cancelled,
         }
 
-    def learn(self, questions: Mapping[str, Question]) -> None:
-        """Answer more questions than those about the history."""
-        self._questions |= questions
+    def add(self, question: str, answer: Question) -> None:
+        """Have questions of this name answered by somebody else."""
+        self._questions[question] = answer
 
     def tell(self, ended: Mapping[str, set[int]]) -> None:
         """Frames were written: wake who waits for them, or for the end of calls."""

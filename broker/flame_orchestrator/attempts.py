@@ -11,9 +11,11 @@ import msgpack
 
 from flame_broker import errors
 from flame_broker.errors import CallCancelled, CallExpired, FlameError, Quarantined
-from flame_broker.frames import reread
-from flame_broker.messages import CallFrame, Result, RetryPolicy, Status
+from flame_broker.frames import encode, reread
+from flame_broker.keys import Key
+from flame_broker.messages import CallFrame, Result, ResultFrame, RetryPolicy, Status
 from flame_broker.outcomes import describe
+from flame_orchestrator.schema import NEVER
 from flame_orchestrator.states import CallState, ending_of
 
 __all__ = ["Kept", "decide"]
@@ -39,7 +41,21 @@ class Kept:
     body: bytes
     ended_at: float | None
     ended_by: bytes | None
+    run: str | None
+    worker: str
+    started_at: float | None
+    not_before: float
+    unmet: int
+    limit_key: str | None
+    limit_calls: int | None
+    place: int | None
     changed: bool = False
+    moved: bool = False
+
+    @property
+    def frame(self) -> CallFrame:
+        """What a worker gets, but for its reply address, which is the client's."""
+        return cast(CallFrame, reread(self.body))
 
     @property
     def policy(self) -> RetryPolicy:
@@ -50,27 +66,41 @@ class Kept:
 
     def wait_again(self, reason: str) -> None:
         """Let another attempt follow."""
-        self.due_at = time() + _pause_s(self.policy, self.attempt)
-        self.state, self.attempt = CallState.WAITING.value, self.attempt + 1
+        self.wait(_pause_s(self.policy, self.attempt), reason)
+        self.attempt += 1
+        if self.place is not None:  # it is for others while this one pauses
+            self.not_before, self.due_at, self.place = self.due_at, NEVER, 0
+
+    def wait(self, pause_s: float, reason: str) -> None:
+        """Wait so long for a worker's queue; no run has it any more."""
+        self.due_at = time() + pause_s
+        self.state, self.run, self.worker = CallState.WAITING.value, None, ""
         self.reason, self.changed = reason, True
+
+    def change(self, frame: CallFrame, key: Key) -> None:
+        """Let workers get this from now on."""
+        self.body, self.moved, self.changed = encode(frame, key), True, True
 
     def end(self, final: Result, mark: bytes) -> None:
         """Let this be the outcome."""
         ending = ending_of(final)
         assert ending is not None
         self.state, self.ended_at = ending.state.value, time()
+        self.place = None
         self.ended_by, self.changed = mark, True
 
 
-def decide(row: Kept, result: Result, attempt: int, mark: bytes) -> Result | None:
-    """What the client is told of a result; None for nothing yet, or any more."""
+def decide(row: Kept, result: Result, frame: ResultFrame, mark: bytes) -> Result | None:
+    """What the client is told of a result in a frame; None for nothing yet, or any more."""
     if row.ended_at is not None:
         # The very letter that ended it comes again: perhaps its client was never told.
         return _as_final(result) if row.ended_by == mark else None
     if result.status is Status.ITEM:
         return result
+    if result.status in (Status.AGAIN, Status.FAILED) and _is_of_another_run(row, frame):
+        return None  # that one was lost, or refused; what this one comes to counts
     reason = _why_again(row, result)
-    if reason is not None and attempt != row.attempt:
+    if reason is not None and frame.attempt != row.attempt:
         return None  # late: the next attempt is under way
     if reason is not None and row.attempt < row.policy.attempts:
         row.wait_again(reason)
@@ -78,6 +108,10 @@ def decide(row: Kept, result: Result, attempt: int, mark: bytes) -> Result | Non
     final = _as_final(result)
     row.end(final, mark)
     return final
+
+
+def _is_of_another_run(row: Kept, frame: ResultFrame) -> bool:
+    return row.state == CallState.RUNNING.value and frame.worker != row.worker
 
 
 def _pause_s(policy: RetryPolicy, attempt: int) -> float:
@@ -102,7 +136,7 @@ def _why_again(row: Kept, result: Result) -> str | None:
     if kind is None or not issubclass(kind, FlameError) or issubclass(kind, _NEVER_AGAIN):
         return None
     names = {f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__}
-    retried = not names.isdisjoint(cast(CallFrame, reread(row.body)).spec.retry_on)
+    retried = not names.isdisjoint(row.frame.spec.retry_on)
     return f"{name}: {message}" if retried else None
 
 

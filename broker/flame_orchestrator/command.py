@@ -11,8 +11,9 @@ from importlib.metadata import version
 from typing import Final
 
 from flame_broker.config import Settings, load
-from flame_broker.errors import BrokerUnavailable, ConfigError, FlameError
+from flame_broker.errors import BrokerUnavailable, ConfigError, FlameError, ResourceError
 from flame_broker.logs import show_logs
+from flame_broker.resources import ResourceRequirement
 
 __all__ = ["main"]
 
@@ -20,6 +21,9 @@ EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_CONFIG: Final = 22
 EXIT_UNAVAILABLE: Final = 69
+
+_SHORTEST_LEASE_S: Final = 5.0
+"""Workers beat ten times a lease, and a broker that is busy needs a second or two."""
 
 _EPILOG = """\
 examples:
@@ -50,8 +54,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flame-orchestrator",
-        description="Keep the story of every call for `flame ps`, `show` and `result`, and the\n"
-        "calls that need time: those to be tried again, later, once, or on a schedule.",
+        description="Keep the story of every call for `flame ps`, `show` and `result`, what it\n"
+        "prints for `flame logs`, and the calls that need time: those to be tried again, later,\n"
+        "once, or on a schedule.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -71,12 +76,41 @@ def _parser() -> argparse.ArgumentParser:
         default=10_000_000,
         help="forget the oldest ended calls beyond so many (%(default)s)",
     )
+    parser.add_argument(
+        "--lease",
+        type=_lease,
+        default=30.0,
+        metavar="SECONDS",
+        help="give what a worker runs to others after so long a silence, at least 5 (%(default)g)",
+    )
+    parser.add_argument(
+        "--keep-log",
+        type=_size,
+        default="10m",
+        metavar="SIZE",
+        help="keep so much of what one call prints (%(default)s); 0: nothing",
+    )
+    parser.add_argument("--store", help="store URL for large logs, instead of FLAME_STORE_URL")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every step")
     return parser
 
 
+def _lease(text: str) -> float:
+    seconds = float(text)
+    if not _SHORTEST_LEASE_S <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected {_SHORTEST_LEASE_S:g} seconds or more")
+    return seconds
+
+
+def _size(text: str) -> int:
+    try:
+        return ResourceRequirement.from_string(f"mem={text}").mem_bytes
+    except ResourceError as problem:
+        raise argparse.ArgumentTypeError(f"{text}: expected a size such as 10m") from problem
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
-    configured = load(broker=arguments.broker)
+    configured = load(broker=arguments.broker, store=arguments.store)
     if configured.broker_url is None:
         raise ConfigError(
             "no broker is configured: set FLAME_BROKER_URL, or pass --broker amqp://host/"
@@ -97,6 +131,9 @@ async def _serve(configured: Settings, arguments: argparse.Namespace) -> None:
         database_url=url,
         keep=timedelta(days=arguments.keep_days),
         keep_calls=arguments.keep_calls,
+        lease_s=arguments.lease,
+        keep_log_bytes=arguments.keep_log,
+        store_url=configured.store_url,
     )
     orchestrator = Orchestrator(settings)
     leave = asyncio.Event()

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from functools import partial
+from time import time
 from typing import Final, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,14 +25,25 @@ from flame_broker.errors import FlameError
 from flame_broker.frames import encode, identity, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
-from flame_broker.messages import ControlFrame, Deposit, ResultFrame
-from flame_broker.topology import calls_exchange, control_exchange, custody_queue
+from flame_broker.messages import CallFrame, ControlFrame, Plain, ResultFrame
+from flame_broker.topology import (
+    REASON_HEADER,
+    SET_ASIDE_HEADER,
+    calls_exchange,
+    control_exchange,
+    custody_queue,
+    dead_beside,
+    work_queue,
+)
 from flame_broker.transport import Delivery, Transport, Unroutable
-from flame_orchestrator.custody import Custody, Fenced, Letter
+from flame_orchestrator.custody import Custody, Fenced
 from flame_orchestrator.database import in_words
+from flame_orchestrator.leases import LEASE_S, Leases
+from flame_orchestrator.letters import Letter, Writing
 from flame_orchestrator.orders import LOOK
 from flame_orchestrator.scheduler import Scheduler
 from flame_orchestrator.schedules import Schedules
+from flame_orchestrator.session import Answer, News
 from flame_orchestrator.timekeeper import InThread, Timekeeper
 
 __all__ = ["Custodian"]
@@ -42,6 +56,7 @@ _AHEAD: Final = 500
 _MOST: Final = 500
 _REMEDY: Final = "see to the database or the broker; it is tried again, and nothing is lost"
 _TICK_EVERY_S: Final = 2.0
+_WORDS: Final = ("tick", LOOK)  # among orchestrators; no letters
 _SILENT_S: Final = 10.0
 
 
@@ -58,6 +73,7 @@ class Custodian:
         in_thread: Where that blocks.
         tell: Hears which calls have ended, by client.
         schedules: Make calls, too.
+        lease_s: How long a worker may be silent that runs calls in our custody.
     """
 
     def __init__(
@@ -70,6 +86,7 @@ class Custodian:
         tell: Callable[[Mapping[str, set[int]]], None],
         *,
         schedules: Schedules,
+        lease_s: float = LEASE_S,
     ) -> None:
         self._transport = transport
         self._keyring = keyring
@@ -89,6 +106,16 @@ class Custodian:
         self._scheduler = Scheduler(
             schedules, in_thread, lambda: self._epoch, self._step_down, self._time.look
         )
+        self._leases = Leases(
+            transport,
+            keyring,
+            key,
+            custody,
+            in_thread=in_thread,
+            epoch=lambda: self._epoch,
+            holder=f"{self._holder}.{secrets.token_hex(3)}",
+            lease_s=lease_s,
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -98,10 +125,18 @@ class Custodian:
             BrokerUnavailable: No broker answered in time.
         """
         await self._transport.declare(self._queue)
-        for work in (self._take_letters(), self._tick(), self._time.load(), self._time.start()):
-            self._spawn(work)
+        await self._leases.listen()
+        self._spawn(self._take_letters())
+        self._spawn(self._tick())
+        self._spawn(self._leases.watch())
+        self._spawn(self._time.load())
+        self._spawn(self._time.start())
         self._spawn(self._scheduler.run())
         await self._transport.consume(self._queue.name, self._on_letter, prefetch=_AHEAD)
+
+    def note(self, ended: Mapping[str, set[int]]) -> None:
+        """Calls have ended that were never in our custody."""
+        self._time.note(ended)
 
     async def stop(self) -> None:
         """Leave; what is not acked comes again, here or to the next leader."""
@@ -163,6 +198,7 @@ class Custodian:
         _log.warning("custody.steps_down", key=self._key.hex_id, reason=reason)
         self._epoch = None
         self._time.forget_all()
+        self._leases.forget_all()
         self._stepped_down_at = asyncio.get_running_loop().time()
 
     @property
@@ -203,8 +239,10 @@ class Custodian:
             news = await self._in_thread(partial(self._custody.record, epoch, letters))
             _log.debug("custody.took", letters=len(letters), results=len(news.results))
             self._tell(news.ended)
+            self._time.expect(news.awaited)
             self._time.look(news.ended)
-            await asyncio.gather(*map(self._send, news.results), *map(self._say_again, letters))
+            await self._pass_on(news, epoch)
+            await asyncio.gather(*map(self._say_again, letters))
         for delivery in taken:
             delivery.ack()
 
@@ -215,11 +253,11 @@ class Custodian:
         except FlameError as problem:
             _log.warning("custody.refused", reason=str(problem))
             return None
-        if isinstance(frame, ControlFrame) and frame.verb != "cancel":
+        if isinstance(frame, ControlFrame) and frame.verb in _WORDS:
             if frame.verb == LOOK:
                 self._look()
             return None
-        if isinstance(frame, Deposit | ResultFrame | ControlFrame):
+        if isinstance(frame, Writing):
             letter = Letter(frame, identity(delivery.body))
             if letter.can_be_kept:
                 return letter
@@ -232,10 +270,42 @@ class Custodian:
         One that was connected only after its client said it has asked us before, or hears it now.
         """
         frame = letter.frame
-        if isinstance(frame, ControlFrame):
+        if isinstance(frame, ControlFrame) and frame.verb == "cancel":
             exchange = control_exchange(self._key.hex_id)
             body = encode(ControlFrame(exchange, frame.verb, frame.arguments), self._key)
             await self._transport.publish("", body, exchange=exchange, mandatory=False)
+
+    async def _pass_on(self, news: News, epoch: int) -> None:
+        """Say what was decided to whom it concerns."""
+        await asyncio.gather(
+            *(self._answer(answer, epoch) for answer in news.answers),
+            *(self._set_aside(frame, reason) for frame, reason in news.dead),
+            *map(self._send, news.results),
+        )
+
+    async def _answer(self, answer: Answer, epoch: int) -> None:
+        self._leases.granted(answer)
+        told: dict[str, Plain] = {
+            "run": answer.claim.run,
+            "granted": answer.granted,
+            "refused": answer.refused,
+            "epoch": epoch,
+        }
+        reply = answer.claim.reply
+        body = encode(ControlFrame(reply, "leased", told), self._key)
+        # To a worker that is gone: what it runs is given up when its lease has ended.
+        await self._transport.publish(reply, body, mandatory=False, persistent=False)
+
+    async def _set_aside(self, frame: CallFrame, reason: str) -> None:
+        """To the dead ones of its pool, as a worker does it."""
+        queue = work_queue(dead_beside(frame.queue))
+        headers: dict[str, str | int] = {
+            REASON_HEADER: f"Quarantined: {reason}"[:1000],
+            SET_ASIDE_HEADER: int(time()),
+        }
+        body = encode(replace(frame, queue=queue.name), self._key)
+        await self._transport.declare(queue)
+        await self._transport.publish(queue.name, body, headers=headers)
 
     async def _send(self, frame: ResultFrame) -> None:
         body = encode(frame, self._key)

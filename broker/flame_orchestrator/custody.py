@@ -7,67 +7,28 @@ wait again. Whoever writes proves that he leads: an epoch that is not the latest
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
 from time import time
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-import msgpack
 from sqlalchemy import Connection, Engine, and_, bindparam, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from flame_broker.errors import CallCancelled
-from flame_broker.frames import encode, reread
+from flame_broker.frames import reread
 from flame_broker.keys import Key
-from flame_broker.messages import (
-    CallFrame,
-    ControlFrame,
-    Deposit,
-    Result,
-    ResultFrame,
-    RetryPolicy,
-    Status,
-    is_plain,
-)
-from flame_broker.outcomes import encode_failure
-from flame_orchestrator.attempts import Kept, decide
-from flame_orchestrator.history import outcome_of
-from flame_orchestrator.ledger import Arrival, Ledger
-from flame_orchestrator.schema import followers, kept, leaders, tombstones
+from flame_broker.messages import CallFrame, Deposit
+from flame_orchestrator.bars import Lifted, awaits, give_places, lift, wants_places
+from flame_orchestrator.ledger import Ledger
+from flame_orchestrator.letters import Letter
+from flame_orchestrator.schema import kept, leaders, tombstones
+from flame_orchestrator.session import News, Session
 from flame_orchestrator.states import CallState
 
-__all__ = ["Custody", "Due", "Fenced", "Letter", "News"]
-
-_TOMBSTONE_S: Final = 7 * 24 * 3600.0  # as long as the ledger queue keeps what it has
-_MOST_AT_ONCE: Final = 10_000  # SQLite takes 32,766 values (sqlite.org/limits.html)
-_HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
-_OUR_NAME: Final = "orchestrator"
+__all__ = ["Custody", "Due", "Fenced", "Run"]
 
 
 class Fenced(Exception):  # it says what happened to whoever gets it
     """Another orchestrator leads since; nothing was written."""
-
-
-class Letter(NamedTuple):
-    """A message for the custody queue that was verified.
-
-    Attributes:
-        frame: What it says.
-        mark: Its signature, by which it is known again.
-    """
-
-    frame: Deposit | ResultFrame | ControlFrame
-    mark: bytes
-
-    @property
-    def can_be_kept(self) -> bool:
-        """Whether any database takes its texts and numbers; no client of ours sends others."""
-        client, counters = _about(self.frame)
-        texts = [client]
-        if isinstance(self.frame, Deposit):
-            texts += [self.frame.frame.reply, *self.frame.keys]
-        return all(map(is_plain, texts)) and all(0 <= n <= _HIGHEST for n in counters)
 
 
 class Due(NamedTuple):
@@ -88,17 +49,18 @@ class Due(NamedTuple):
     queue_timeout_s: float
 
 
-@dataclass(slots=True)
-class News:
-    """What a transaction has decided.
+class Run(NamedTuple):
+    """One start of calls of a client, which has the lease on them.
 
     Attributes:
-        results: For clients, each frame addressed to its reply queue.
-        ended: The counters of the calls that ended, by client.
+        run: Its name.
+        client: Whose calls.
+        counters: Which.
     """
 
-    results: list[ResultFrame] = field(default_factory=list)
-    ended: Mapping[str, set[int]] = field(default_factory=dict)
+    run: str
+    client: str
+    counters: frozenset[int]
 
 
 class Custody:
@@ -144,7 +106,8 @@ class Custody:
         """
         with self._engine.begin() as connection:
             self._fence(connection, epoch)
-            return _Session(connection, self._ledger, self._key, self._dialect).take(letters)
+            session = Session(connection, self._ledger, self._key, self._dialect, epoch)
+            return session.take(letters)
 
     def keep(
         self, find: Callable[[Connection], Iterable[Deposit]], *, epoch: int | None = None
@@ -163,7 +126,8 @@ class Custody:
             if epoch is not None:
                 self._fence(connection, epoch)
             letters = [Letter(deposit, b"") for deposit in find(connection)]
-            _Session(connection, self._ledger, self._key, self._dialect).take(letters)
+            session = Session(connection, self._ledger, self._key, self._dialect, epoch or 0)
+            session.take(letters)
 
     def due(self, before: float, limit: int) -> list[Due]:
         """The calls that wait and whose time comes by then, the longest overdue first."""
@@ -178,6 +142,39 @@ class Custody:
                 Due(row.id, row.attempt, row.due_at, _call_frame(row.body), row.queue_timeout_s)
                 for row in connection.execute(wanted)
             ]
+
+    def runs(self) -> list[Run]:
+        """The runs that have leases."""
+        running = and_(kept.c.key_id == self._key.hex_id, kept.c.state == CallState.RUNNING.value)
+        wanted = select(kept.c.run, kept.c.client, kept.c.counter).where(running)
+        found: dict[tuple[str, str], set[int]] = {}
+        with self._engine.connect() as connection:
+            for row in connection.execute(wanted):
+                found.setdefault((row.run, row.client), set()).add(row.counter)
+        return [Run(run, client, frozenset(numbers)) for (run, client), numbers in found.items()]
+
+    def lift_bars(self, epoch: int, before: float, among: Mapping[str, set[int]] | None) -> Lifted:
+        """Let calls go on whose awaited calls have succeeded, or for which there is a place now.
+
+        Args:
+            epoch: Ours.
+            before: For places: calls whose time comes by then, in seconds since 1970.
+            among: What may have ended, by client; None for anything.
+
+        Raises:
+            Fenced: Another one leads.
+            sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
+        """
+        with self._engine.connect() as connection:
+            awaited = awaits(connection)
+            news = awaited and among != {}
+            if not news and not wants_places(connection, self._key.hex_id, before):
+                return Lifted([], more=awaited)
+        with self._engine.begin() as connection:
+            self._fence(connection, epoch)
+            lifted = lift(connection, self._key.hex_id, among)
+            give_places(connection, self._key.hex_id, before)
+            return lifted
 
     def next_due(self, after: float) -> float | None:
         """When the next call is due that is not due by then, in seconds since 1970."""
@@ -223,216 +220,5 @@ class Custody:
             raise Fenced(f"epoch {epoch} is over")
 
 
-class _Follower(NamedTuple):
-    """A call that is about to get the outcome of another one."""
-
-    client: str
-    counter: int
-    reply: str
-    of_client: str
-    of_counter: int
-
-
-class _Session:
-    """One transaction: letters in, rows and results out.
-
-    A call's row is read once and written once, however many letters are about it: a statement
-    for each of them would take most of the time.
-    """
-
-    def __init__(self, connection: Connection, ledger: Ledger, key: Key, dialect: Any) -> None:
-        self._connection = connection
-        self._ledger = ledger
-        self._key = key
-        self._dialect = dialect
-        self._known: dict[tuple[str, int], Kept] = {}
-        self._stories: list[Arrival] = []
-        self._news = News()
-        self._followed: list[_Follower] = []
-
-    def take(self, letters: Sequence[Letter]) -> News:
-        """Decide what letters mean. No other letter is about a call before its deposit is."""
-        others = [letter for letter in letters if not isinstance(letter.frame, Deposit)]
-        for letter in letters:
-            if isinstance(letter.frame, Deposit):
-                self._deposit(letter.frame)
-        self._load(others)
-        for letter in others:
-            if isinstance(letter.frame, ResultFrame):
-                self._settle(letter.frame, letter.mark)
-            elif isinstance(letter.frame, ControlFrame) and letter.frame.verb == "cancel":
-                self._cancel(letter.frame, letter.mark)
-        self._save()
-        return self._write_stories()
-
-    # ── rows ─────────────────────────────────────────────────────────────────
-
-    def _load(self, letters: Iterable[Letter]) -> None:
-        wanted: dict[str, set[int]] = defaultdict(set)
-        for letter in letters:
-            client, counters = _about(letter.frame)
-            wanted[client] |= counters
-        columns = [kept.c[name.name] for name in fields(Kept) if name.name in kept.c]
-        for client, counters in wanted.items():
-            ordered = sorted(counters)
-            for first in range(0, len(ordered), _MOST_AT_ONCE):
-                some = ordered[first : first + _MOST_AT_ONCE]
-                among = and_(kept.c.client == client, kept.c.counter.in_(some))
-                for row in self._connection.execute(select(*columns).where(among)):
-                    self._known[client, row.counter] = Kept(*row)
-
-    def _save(self) -> None:
-        changed = [row for row in self._known.values() if row.changed]
-        if not changed:
-            return
-        names = ("state", "attempt", "due_at", "reason", "ended_at", "ended_by")
-        statement = update(kept).where(kept.c.id == bindparam("row"))
-        self._connection.execute(
-            statement.values({name: bindparam(f"new_{name}") for name in names}),
-            [{"row": r.id, **{f"new_{n}": getattr(r, n) for n in names}} for r in changed],
-        )
-        ended = {r.id: r for r in changed if r.ended_at is not None and r.once is not None}
-        if ended:
-            gone = delete(followers).where(followers.c.of.in_(ended)).returning(followers)
-            for row in self._connection.execute(gone):
-                first = ended[row.of]
-                self._followed.append(
-                    _Follower(row.client, row.counter, row.reply, first.client, first.counter)
-                )
-
-    def _write_stories(self) -> News:
-        ended = dict(self._ledger.write(self._connection, self._stories))
-        late: list[Arrival] = []
-        for follower in self._followed:
-            outcome = outcome_of(self._connection, follower.of_client, follower.of_counter)
-            if outcome is not None:
-                every = (*outcome.items, outcome.final)
-                results = tuple(r._replace(counter=follower.counter) for r in every)
-                frame = ResultFrame(follower.reply, follower.client, _OUR_NAME, results)
-                late.append(self._tell(frame))
-        if late:
-            for client, counters in self._ledger.write(self._connection, late).items():
-                ended[client] = ended.get(client, set()) | counters
-        self._news.ended = ended
-        return self._news
-
-    # ── deposits ─────────────────────────────────────────────────────────────
-
-    def _deposit(self, deposit: Deposit) -> None:
-        frame = deposit.frame
-        self._stories.append(Arrival(frame, encode(frame, self._key)))
-        rows = _kept_rows(deposit, self._key)
-        single = [row for row in rows if row["once"] is None]
-        if single:
-            self._connection.execute(self._dialect.insert(kept).on_conflict_do_nothing(), single)
-        for row in rows:
-            if row["once"] is not None:
-                insert = self._dialect.insert(kept).values(row).on_conflict_do_nothing()
-                if not self._connection.execute(insert).rowcount:
-                    self._follow(frame, row["counter"], row["once"])
-
-    def _follow(self, frame: CallFrame, counter: int, once: str) -> None:
-        """Somebody has asked for the same before: this call gets the outcome of that one."""
-        same = and_(kept.c.key_id == self._key.hex_id, kept.c.once == once)
-        first = self._connection.execute(select(kept).where(same)).one_or_none()
-        if first is None or (first.client, first.counter) == (frame.client, counter):
-            return  # the deposit itself came twice
-        if first.ended_at is not None:
-            follower = _Follower(frame.client, counter, frame.reply, first.client, first.counter)
-            self._followed.append(follower)
-            return
-        row = {"client": frame.client, "counter": counter, "reply": frame.reply, "of": first.id}
-        self._connection.execute(
-            self._dialect.insert(followers).values(row).on_conflict_do_nothing()
-        )
-
-    # ── results ──────────────────────────────────────────────────────────────
-
-    def _settle(self, frame: ResultFrame, mark: bytes) -> None:
-        by_reply: dict[str, list[Result]] = {}
-        for result in frame.results:
-            row = self._known.get((frame.client, result.counter))
-            if row is None:
-                continue
-            told = decide(row, result, frame.attempt, mark)
-            if told is not None:
-                by_reply.setdefault(row.reply, []).append(told)
-        for reply, results in by_reply.items():
-            self._stories.append(self._tell(replace(frame, queue=reply, results=tuple(results))))
-
-    def _cancel(self, frame: ControlFrame, mark: bytes) -> None:
-        client, counters = _about(frame)
-        spare = bool(frame.arguments.get("spare_running"))
-        self._bury(client, counters, mark)
-        for counter in sorted(counters):
-            row = self._known.get((client, counter))
-            if row is None or (spare and row.state == CallState.QUEUED.value):
-                continue
-            if row.ended_at is not None and row.ended_by != mark:
-                continue
-            payload = encode_failure(CallCancelled, "cancelled in the orchestrator's custody")
-            final = Result(counter, Status.FAILED, payload)
-            if row.ended_at is None:
-                row.end(final, mark)
-            told = ResultFrame(row.reply, client, _OUR_NAME, (final,), row.attempt)
-            self._stories.append(self._tell(told))
-
-    def _bury(self, client: str, counters: set[int], mark: bytes) -> None:
-        """Remember them for workers that are not there to hear of it."""
-        row = {
-            "mark": mark,
-            "client": client,
-            "counters": msgpack.packb(sorted(counters)),
-            "until": time() + _TOMBSTONE_S,
-        }
-        insert = self._dialect.insert(tombstones).values(row)
-        self._connection.execute(insert.on_conflict_do_nothing())
-
-    def _tell(self, frame: ResultFrame) -> Arrival:
-        if frame.queue:  # nobody waits for a call that a schedule has made
-            self._news.results.append(frame)
-        return Arrival(frame, encode(frame, self._key))
-
-
-def _about(frame: Deposit | ResultFrame | ControlFrame) -> tuple[str, set[int]]:
-    """Which calls a letter is about."""
-    if isinstance(frame, ResultFrame):
-        return frame.client, {result.counter for result in frame.results}
-    if isinstance(frame, ControlFrame):
-        numbers = frame.arguments.get("counters")
-        found = numbers if isinstance(numbers, tuple) else ()
-        return str(frame.arguments.get("client")), {n for n in found if isinstance(n, int)}
-    return frame.frame.client, {call.counter for call in frame.frame.calls}
-
-
-def _kept_rows(deposit: Deposit, key: Key) -> list[dict[str, Any]]:
-    frame, policy, now = deposit.frame, deposit.retry, time()
-    shared = {
-        "key_id": key.hex_id,
-        "client": frame.client,
-        "state": CallState.WAITING.value,
-        "attempt": 1,
-        "reason": "",
-        "retry": None if policy is None else _pack(policy),
-        "queue_timeout_s": deposit.queue_timeout_s,
-        "reply": frame.reply,
-    }
-    return [
-        {
-            **shared,
-            "counter": call.counter,
-            "once": once or None,
-            "due_at": due_at or now,
-            "body": encode(replace(frame, calls=(call,)), key),
-        }
-        for call, due_at, once in zip(frame.calls, deposit.due, deposit.keys, strict=True)
-    ]
-
-
 def _call_frame(body: bytes) -> CallFrame:
     return cast(CallFrame, reread(body))
-
-
-def _pack(policy: RetryPolicy) -> bytes:
-    fields = (policy.attempts, policy.backoff_s, policy.factor, policy.jitter)
-    return cast(bytes, msgpack.packb(fields))

@@ -21,6 +21,7 @@ from flame_broker.frames import open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
 from flame_broker.messages import CallFrame, ControlFrame, ResultFrame
+from flame_broker.store import open_store
 from flame_broker.topology import calls_exchange, ledger_queue, questions_queue
 from flame_broker.transport import Delivery, QueueSpec, Transport
 from flame_orchestrator.answers import Answers
@@ -28,7 +29,9 @@ from flame_orchestrator.custodian import Custodian
 from flame_orchestrator.custody import Custody
 from flame_orchestrator.database import in_words, open_database
 from flame_orchestrator.history import History
+from flame_orchestrator.leases import LEASE_S
 from flame_orchestrator.ledger import Arrival, Ledger
+from flame_orchestrator.log_keeper import LogKeeper
 from flame_orchestrator.orders import Orders
 from flame_orchestrator.schedules import Schedules
 
@@ -59,6 +62,9 @@ class OrchestratorSettings:
         database_url: Where it keeps them.
         keep: How long ended calls are kept.
         keep_calls: How many calls are kept, roughly.
+        lease_s: How long a worker may be silent before what it runs is given to others.
+        keep_log_bytes: How much is kept of what one call prints.
+        store_url: The object store, for large logs; None to keep them in the database.
     """
 
     broker_url: str
@@ -66,6 +72,9 @@ class OrchestratorSettings:
     database_url: str
     keep: timedelta = timedelta(days=30)
     keep_calls: int = 10_000_000
+    lease_s: float = LEASE_S
+    keep_log_bytes: int = 10 * 2**20
+    store_url: str | None = None
 
 
 class Orchestrator:
@@ -88,6 +97,7 @@ class Orchestrator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._custodies: list[Custody] = []
         self._custodians: list[Custodian] = []
+        self._log_keeper: LogKeeper | None = None
 
     async def start(self) -> None:
         """Open the database, connect, begin to listen.
@@ -102,7 +112,9 @@ class Orchestrator:
         self._ledger, history = Ledger(engine), History(engine)
         self._answers = Answers(self._transport, history, self._thread)
         self._orders = Orders(self._transport, engine, self._in_thread)
-        self._answers.learn(self._orders.questions)
+        for question, answer in self._orders.questions.items():
+            self._answers.add(question, answer)
+        self._log_keeper = self._keep_logs(engine)
         await self._transport.open()
         for key in self.settings.keyring:
             custody = Custody(engine, self._ledger, key)
@@ -110,6 +122,7 @@ class Orchestrator:
             schedules = self._orders.serve(key, custody)
             await self._listen(key)
             await self._keep_calls(key, custody, schedules)
+        await self._log_keeper.start()
         self._later(self._forget())
         _log.info("orchestrator.ready", database=engine.url.render_as_string())
 
@@ -122,6 +135,8 @@ class Orchestrator:
             await asyncio.wait([self._writing], timeout=_LAST_WRITE_S)
         for task in [*self._tasks, *filter(None, [self._writing])]:
             task.cancel()
+        if self._log_keeper is not None:
+            await self._log_keeper.stop()
         await self._transport.close()
         self._thread.shutdown()
         if self._engine is not None:
@@ -148,9 +163,18 @@ class Orchestrator:
             self._in_thread,
             self._answers.tell,
             schedules=schedules,
+            lease_s=self.settings.lease_s,
         )
         self._custodians.append(custodian)
         await custodian.start()
+
+    def _keep_logs(self, engine: Engine) -> LogKeeper:
+        settings = self.settings
+        store = open_store(settings.store_url) if settings.store_url else None
+        limit = settings.keep_log_bytes
+        keeper = LogKeeper(self._transport, settings.keyring, engine, store, limit_bytes=limit)
+        self._answers.add("logs", keeper.following.answer)
+        return keeper
 
     # ── the ledger ───────────────────────────────────────────────────────────
 
@@ -187,6 +211,8 @@ class Orchestrator:
             for delivery in taken:
                 delivery.ack()
             self._answers.tell(ended)
+            for custodian in self._custodians:
+                custodian.note(ended)
 
     def _record(self, taken: list[Delivery]) -> Mapping[str, set[int]]:
         arrivals = [Arrival(frame, d.body) for d in taken if (frame := self._read(d)) is not None]
@@ -223,6 +249,8 @@ class Orchestrator:
             else:
                 if forgotten:
                     _log.info("ledger.forgot", rows=forgotten)
+            if self._log_keeper is not None:
+                await self._log_keeper.forget(before=oldest, keep_calls=self.settings.keep_calls)
             await asyncio.sleep(_FORGET_EVERY_S)
 
     def _delete(self, oldest: float) -> int:

@@ -16,7 +16,7 @@ from flame_broker.errors import ConfigError
 
 __all__ = ["SCHEMA_VERSION", "default_url", "in_words", "open_database"]
 
-SCHEMA_VERSION: Final = "0004"
+SCHEMA_VERSION: Final = "0007"
 """The last migration."""
 
 _MIGRATIONS: Final = Path(__file__).with_name("migrations")

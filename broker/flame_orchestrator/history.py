@@ -20,7 +20,15 @@ from flame_broker.messages import (
     call_id,
     parse_call_id,
 )
-from flame_orchestrator.schema import batches, failures, kept, outcomes, schedules, tombstones
+from flame_orchestrator.schema import (
+    NEVER,
+    batches,
+    failures,
+    kept,
+    outcomes,
+    schedules,
+    tombstones,
+)
 from flame_orchestrator.spans import Span, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
 
@@ -30,6 +38,10 @@ Facts = dict[str, Any]
 """A call as people see it: plain values by name."""
 
 _NEAR = 256
+_OF_CUSTODY = (
+    kept.c.counter, kept.c.state, kept.c.attempt, kept.c.due_at, kept.c.reason,
+    kept.c.worker, kept.c.started_at, kept.c.unmet, kept.c.limit_key, kept.c.limit_calls,
+)  # fmt: skip
 _FAILED = TERMINAL - {CallState.SUCCEEDED}
 
 
@@ -60,8 +72,8 @@ class History:
         with self._engine.connect() as connection:
             if state in _FAILED:
                 return [*_failed(connection, state, label, limit)]
-            if state is CallState.WAITING:
-                return [*islice(_waiting(connection, label), limit)]
+            if state in (CallState.WAITING, CallState.RUNNING):
+                return [*islice(_in_custody(connection, state, label), limit)]
             found = [*islice(_listed(connection, state, label, limit), limit)]
             _add_ends(connection, found)
             return found
@@ -221,9 +233,9 @@ def _failed(
             return
 
 
-def _waiting(connection: Connection, label: str) -> Iterator[Facts]:
-    """Calls that the orchestrator keeps until they are due, the newest first."""
-    wanted = select(kept).where(kept.c.state == CallState.WAITING.value).order_by(kept.c.id.desc())
+def _in_custody(connection: Connection, state: CallState, label: str) -> Iterator[Facts]:
+    """Calls that the orchestrator keeps until they are due, or that have leases; newest first."""
+    wanted = select(kept).where(kept.c.state == state.value).order_by(kept.c.id.desc())
     for row in connection.execute(wanted):
         batch = _batch_of(connection, row.client, row.counter)
         if not label or (batch is not None and batch.label == label):
@@ -233,9 +245,8 @@ def _waiting(connection: Connection, label: str) -> Iterator[Facts]:
 
 def _kept_in(connection: Connection, client: str, first: int, last: int) -> dict[int, Facts]:
     """What the orchestrator's custody adds to the stories of calls."""
-    columns = kept.c.counter, kept.c.state, kept.c.attempt, kept.c.due_at, kept.c.reason
     rows = connection.execute(
-        select(*columns).where(kept.c.client == client, kept.c.counter.between(first, last))
+        select(*_OF_CUSTODY).where(kept.c.client == client, kept.c.counter.between(first, last))
     )
     return {row.counter: _custody(row) for row in rows}
 
@@ -248,8 +259,21 @@ def _schedule_of(connection: Connection, client: str) -> Facts:
 
 def _custody(row: Any) -> Facts:
     facts: Facts = {"attempt": row.attempt}
+    if row.started_at is not None:
+        facts["started_at"] = row.started_at
+    if row.state == CallState.RUNNING.value:
+        facts |= {"state": row.state, "worker": row.worker}
     if row.state == CallState.WAITING.value:
-        facts |= {"state": row.state, "due_at": row.due_at}
+        facts |= {"state": row.state}
+        if row.due_at < NEVER:
+            facts["due_at"] = row.due_at
+        elif row.unmet:
+            facts["reason"] = f"it waits for calls to succeed, {row.unmet} of them"
+        else:
+            facts["reason"] = (
+                f"it waits for a place: at most {row.limit_calls} calls with the limit "
+                f"{row.limit_key!r} are under way at a time"
+            )
         if row.reason:
             facts["reason"] = row.reason
     return facts

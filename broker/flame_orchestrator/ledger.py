@@ -23,7 +23,7 @@ from flame_orchestrator.schema import batches, clients, failures, outcomes
 from flame_orchestrator.spans import Span, overlapping
 from flame_orchestrator.states import Ending, ending_of
 
-__all__ = ["Arrival", "Ledger"]
+__all__ = ["Arrival", "Ledger", "written_at"]
 
 _log = get_logger("flame.orchestrator")
 
@@ -98,7 +98,7 @@ class Ledger:
             How many rows were deleted.
         """
         with self._engine.begin() as connection:
-            oldest = max(before, _written_at(connection, keep_calls))
+            oldest = max(before, written_at(connection, keep_calls))
             ended = and_(batches.c.unended == 0, batches.c.queued_at < oldest)
             gone = connection.execute(delete(batches).where(ended)).rowcount
             # What ended before it, ended before everything that stays was queued.
@@ -164,7 +164,7 @@ def _widths(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
     return widest
 
 
-def _written_at(connection: Connection, keep_calls: int) -> float:
+def written_at(connection: Connection, keep_calls: int) -> float:
     """When the oldest of the newest batches was written that together hold so many calls."""
     held = 0
     rows = connection.execute(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from time import time
-from typing import Final
+from typing import Any, Final
 
 import msgpack
 from sqlalchemy import Connection, Engine, and_, select
@@ -14,6 +14,7 @@ from flame_broker.keys import Key
 from flame_broker.messages import (
     CallFrame,
     Deposit,
+    Limitation,
     Priority,
     RetryPolicy,
     call_id,
@@ -48,7 +49,7 @@ class Reruns:
         """Run a call again that has ended; the id of the new one.
 
         It starts afresh: attempt 1, without the queue timeout that an ordinary call had. A retry
-        policy goes on to hold.
+        policy and a limit go on to hold; what it had to wait for does not.
 
         Args:
             client: Whose call it was.
@@ -61,7 +62,7 @@ class Reruns:
         """
         frame = self._frame(client, counter)
         with self._engine.connect() as connection:
-            policy, queue_timeout_s = _terms(connection, client, counter)
+            terms = _terms(connection, client, counter)
         call = frame.calls[0]._replace(counter=_COUNTER)
         deposit = Deposit(
             queue=custody_queue(self._key.hex_id).name,
@@ -74,8 +75,7 @@ class Reruns:
             ),
             due=(time(),),
             keys=("",),
-            retry=policy,
-            queue_timeout_s=queue_timeout_s,
+            **terms,
         )
         self._custody.keep(lambda _: [deposit])
         return call_id(new_client, _COUNTER)
@@ -107,12 +107,12 @@ class Reruns:
         return calls_queue(self._key.hex_id, pool, frame.spec.resources, priority).name
 
 
-def _terms(connection: Connection, client: str, counter: int) -> tuple[RetryPolicy | None, float]:
-    """The retry policy and queue timeout of a call that was in custody."""
+def _terms(connection: Connection, client: str, counter: int) -> dict[str, Any]:
+    """What the deposit of a call that was in custody said of it, besides the call itself."""
     ours = and_(kept.c.client == client, kept.c.counter == counter)
-    columns = kept.c.retry, kept.c.queue_timeout_s
-    row = connection.execute(select(*columns).where(ours)).one_or_none()
+    row = connection.execute(select(kept).where(ours)).one_or_none()
     if row is None:
-        return None, 0.0
+        return {}
     policy = None if row.retry is None else RetryPolicy(*msgpack.unpackb(row.retry))
-    return policy, row.queue_timeout_s
+    limit = None if row.limit_key is None else Limitation(row.limit_key, row.limit_calls)
+    return {"retry": policy, "queue_timeout_s": row.queue_timeout_s, "limits": (limit,)}

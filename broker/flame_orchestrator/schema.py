@@ -23,17 +23,23 @@ from sqlalchemy import (
 )
 
 __all__ = [
+    "NEVER",
     "batches",
     "clients",
+    "dependencies",
     "failures",
     "followers",
     "kept",
     "leaders",
+    "log_chunks",
     "metadata",
     "outcomes",
     "schedules",
     "tombstones",
 ]
+
+NEVER: Final = 1e18
+"""When a call is due that is barred, in seconds since 1970."""
 
 metadata: Final = MetaData()
 
@@ -115,7 +121,7 @@ kept: Final = Table(
     Column("client", Text, nullable=False),
     Column("counter", Integer, nullable=False),
     Column("once", Text),  # what it is done once for; NULL: it stands for itself
-    Column("state", Text, nullable=False),  # waiting, queued; then that in which it ended
+    Column("state", Text, nullable=False),  # waiting, queued, running; then how it ended
     Column("attempt", Integer, nullable=False),
     Column("due_at", Float, nullable=False),
     Column("reason", Text, nullable=False),  # why it waits again
@@ -125,6 +131,14 @@ kept: Final = Table(
     Column("body", LargeBinary, nullable=False),  # the frame that a worker gets
     Column("ended_at", Float),
     Column("ended_by", LargeBinary),  # the signature of the message that ended it
+    Column("run", Text),  # who has, or had, the lease: one start at one worker
+    Column("worker", Text, nullable=False, server_default=""),
+    Column("started_at", Float),
+    Column("not_before", Float, nullable=False, server_default="0"),  # due_at, once nothing bars it
+    Column("unmet", Integer, nullable=False, server_default="0"),  # calls that it waits for
+    Column("limit_key", Text),
+    Column("limit_calls", Integer),
+    Column("place", Integer),  # 1: it has one under its limit, 0: it needs one; NULL: no limit
     UniqueConstraint("client", "counter"),
     UniqueConstraint("key_id", "once"),
 )
@@ -137,6 +151,41 @@ Index(
     sqlite_where=text("state = 'waiting'"),
     postgresql_where=text("state = 'waiting'"),
 )
+
+Index(
+    "kept_running",
+    kept.c.key_id,
+    kept.c.run,
+    sqlite_where=text("state = 'running'"),
+    postgresql_where=text("state = 'running'"),
+)
+
+Index(
+    "kept_placeless",
+    kept.c.key_id,
+    kept.c.limit_key,
+    kept.c.not_before,
+    sqlite_where=text("place = 0"),
+    postgresql_where=text("place = 0"),
+)
+Index(
+    "kept_placed",
+    kept.c.key_id,
+    kept.c.limit_key,
+    sqlite_where=text("place = 1"),
+    postgresql_where=text("place = 1"),
+)
+
+dependencies: Final = Table(
+    "dependencies",
+    metadata,
+    Column("call", Integer, primary_key=True),  # the kept call that waits
+    Column("client", Text, primary_key=True),
+    Column("counter", Integer, primary_key=True),
+)
+"""Calls that others wait for; a row goes when it has ended."""
+
+Index("dependencies_on", dependencies.c.client, dependencies.c.counter)
 
 followers: Final = Table(
     "followers",
@@ -192,3 +241,24 @@ schedules: Final = Table(
 """Calls that are made again and again; their next time is the database's, not a process's."""
 
 Index("schedules_due", schedules.c.key_id, schedules.c.due_at)
+
+log_chunks: Final = Table(
+    "log_chunks",
+    metadata,
+    Column("client", Text, primary_key=True),
+    Column("counter", Integer, primary_key=True),
+    Column("start", Integer, primary_key=True),  # its first line, in the log of the call
+    Column("lines", Integer, nullable=False),
+    Column("size", Integer, nullable=False),  # of the text, with a little for each line
+    Column("worker", Text, nullable=False),
+    Column("run", Integer, nullable=False),  # among those of that worker
+    Column("attempt", Integer, nullable=False),
+    Column("upto", Integer, nullable=False),  # the number of the run's next line
+    Column("cut", Boolean, nullable=False),  # the log ends here, whatever the call says more
+    Column("at", Float, nullable=False),  # when it was written last
+    Column("body", LargeBinary),  # compressed; NULL where it is in the object store
+    Column("ref", LargeBinary),  # msgpack; where it is there
+)
+"""What calls have printed: some lines of one run in each row (``logs.py``)."""
+
+Index("log_chunks_at", log_chunks.c.at)

@@ -5,9 +5,10 @@
     pending → queued → running → succeeded | failed | cancelled | expired | quarantined
 
 with *waiting* before *queued* for a call that the orchestrator keeps until its time has come. A
-call is *pending* in its client, *queued* once the broker has it, and *running* when somebody says
-so. What the ledger hears may arrive in any order and more than once, so a state is derived from
-what is known instead of stepped: the first terminal outcome wins (PROTOCOL.md, promise P2).
+call is *pending* in its client, *queued* once the broker has it, and *running* when its worker has
+said so: after some seconds, with the claim for a lease. What the ledger hears may arrive in any
+order and more than once, so a state is derived from what is known instead of stepped: the first
+terminal outcome wins (PROTOCOL.md, promise P2).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class CallState(StrEnum):
 
     WAITING = "waiting"
     QUEUED = "queued"
+    RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -34,7 +36,9 @@ class CallState(StrEnum):
     QUARANTINED = "quarantined"
 
 
-TERMINAL: Final = frozenset(CallState) - {CallState.WAITING, CallState.QUEUED}
+TERMINAL: Final = frozenset(CallState) - {
+    CallState.WAITING, CallState.QUEUED, CallState.RUNNING
+}  # fmt: skip
 
 _STATES: Final = {
     CallCancelled.__name__: CallState.CANCELLED,

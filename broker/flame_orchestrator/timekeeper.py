@@ -22,7 +22,14 @@ from flame_broker.errors import FlameError
 from flame_broker.frames import encode
 from flame_broker.keys import Key
 from flame_broker.logs import get_logger
-from flame_broker.messages import FRAME_BYTES, FRAME_CALLS, Call, CallFrame
+from flame_broker.messages import (
+    FRAME_BYTES,
+    FRAME_CALLS,
+    Call,
+    CallFrame,
+    ControlFrame,
+    Plain,
+)
 from flame_broker.objects import REF_BYTES
 from flame_broker.topology import custody_queue, tracked, work_queue
 from flame_broker.transport import Transport, Unroutable
@@ -38,6 +45,9 @@ T = TypeVar("T")
 _MOST: Final = 2000
 _AHEAD_S: Final = 0.5
 _LOOK_SOON_S: Final = 0.05
+_SWEEP_SHARE: Final = 20
+"""Another orchestrator may have written of an end that calls wait for: a twentieth of the time."""
+
 _LOOK_EVERY_S: Final = 5.0
 """A clock that jumps must not leave a timer asleep: so often the database is asked anyway."""
 
@@ -78,6 +88,10 @@ class Timekeeper:
         self._epoch = epoch
         self._fenced = fenced
         self._taken: set[tuple[int, int]] = set()
+        self._lifted_at: int | None = None
+        self._sweep_at = 0.0
+        self._ended: dict[str, set[int]] = {}
+        self._awaits = True
         self._soon: list[Due] = []
         self._queued: list[Due] = []
         self._news = asyncio.Event()
@@ -88,13 +102,29 @@ class Timekeeper:
         """Something has changed; calls that have ended are not to be started."""
         if ended:
             self._soon = [due for due in self._soon if not _is_among(due, ended)]
+            self.note(ended)
         self._news.set()
+
+    def note(self, ended: Mapping[str, set[int]]) -> None:
+        """Calls have ended, in our custody or not: others may wait for them."""
+        if self._awaits and self._epoch() is not None:
+            for client, counters in ended.items():
+                self._ended.setdefault(client, set()).update(counters)
+            self._news.set()
+
+    def expect(self, awaited: Mapping[str, set[int]]) -> None:
+        """Calls are awaited from now on; they may have ended already."""
+        if awaited:
+            self._awaits = True
+            self.note(awaited)
 
     def forget_all(self) -> None:
         """Another one leads: what is not queued yet is for him."""
         self._soon.clear()
         self._queued.clear()
         self._taken.clear()
+        self._ended.clear()
+        self._lifted_at = None
 
     # ── from the database ────────────────────────────────────────────────────
 
@@ -125,6 +155,7 @@ class Timekeeper:
             await self._in_thread(partial(self._custody.queued, epoch, queued))
             self._taken -= {(due.id, due.attempt) for due in queued}
             _log.debug("custody.queued", calls=len(queued))
+        await self._lift_bars(epoch)
         limit = _MOST + len(self._taken)
         found = await self._in_thread(partial(self._custody.due, time() + _AHEAD_S, limit))
         fresh = [due for due in found if (due.id, due.attempt) not in self._taken]
@@ -137,6 +168,31 @@ class Timekeeper:
         next_at = await self._in_thread(partial(self._custody.next_due, time() + _AHEAD_S))
         pause_s = _LOOK_EVERY_S if next_at is None else next_at - _AHEAD_S - time()
         return min(max(pause_s, 0.0), _LOOK_EVERY_S)
+
+    async def _lift_bars(self, epoch: int) -> None:
+        """Let calls go on that were barred by other calls, or by a limit."""
+        ended, self._ended = self._ended, {}
+        began = asyncio.get_running_loop().time()
+        swept = self._lifted_at == epoch and began < self._sweep_at
+        among = ended if swept or not self._awaits else None
+        work = partial(self._custody.lift_bars, epoch, time() + _AHEAD_S, among)
+        try:
+            lifted = await self._in_thread(work)
+            queue = self._reply
+            for client, counter, reason in lifted.hopeless:
+                # A letter to ourselves: what it says is repeated until the client is told.
+                told: dict[str, Plain] = {
+                    "client": client, "counters": (counter,), "reason": reason
+                }  # fmt: skip
+                body = encode(ControlFrame(queue, "unmet", told), self._key)
+                await self._transport.publish(queue, body)
+        except (SQLAlchemyError, FlameError):
+            self._lifted_at = None  # once more, and everything
+            raise
+        self._lifted_at, self._awaits = epoch, lifted.more or bool(self._ended)
+        if among is None:
+            now = asyncio.get_running_loop().time()
+            self._sweep_at = now + max(_LOOK_EVERY_S, _SWEEP_SHARE * (now - began))
 
     # ── to the broker ────────────────────────────────────────────────────────
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flame.client import connect as connect
     from flame.executor import Executor as Executor
     from flame.futures import ObjectFuture as ObjectFuture
+    from flame.limit import Limit as Limit
     from flame.mapping import MapResults as MapResults
     from flame.retry import Retry as Retry
     from flame.runnable.base import Runnable as Runnable
@@ -39,6 +40,7 @@ _HOMES = {
     "CallContext": "flame_broker.context",
     "Client": "flame.client",
     "Executor": "flame.executor",
+    "Limit": "flame.limit",
     "MapResults": "flame.mapping",
     "ObjectFuture": "flame.futures",
     "ObjectRef": "flame_broker.objects",

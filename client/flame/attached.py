@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 from flame.client import default_client
 from flame.desk import Desk
 from flame.futures import ObjectFuture
+from flame.logs import log_of
 from flame_broker.errors import CallError, FlameError, NoOrchestrator
 from flame_broker.logs import get_logger
-from flame_broker.messages import Result, Status, parse_call_id
+from flame_broker.messages import Result, Status, call_id, parse_call_id
 from flame_broker.objects import ObjectRef
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class _ForeignDesk(Desk):
 
     def __init__(self, owner: str, session: Session) -> None:
         super().__init__(owner, session.courier, session.values)
+        self.lines_of = self._lines_kept
 
     def withdraw(self, future: ObjectFuture[Any]) -> bool:
         """Give up on the call; it is cancelled where it waits or runs."""
@@ -66,6 +68,10 @@ class _ForeignDesk(Desk):
             return False
         self._courier.cancel_foreign(self.client_id, future.counter)
         return True
+
+    def _lines_kept(self, counter: int) -> list[str]:
+        lines = log_of(self._courier.ask, call_id(self.client_id, counter))
+        return [line.text for line in lines if line.stream != "note"]
 
 
 async def _follow(inquiry: Inquiry, future: ObjectFuture[Any]) -> None:

@@ -45,6 +45,7 @@ class CallOptions:
         track: Keep the calls' story in the ledger.
         retry: Which failures are tried again.
         kept: The orchestrator has the calls run: it owns time.
+        at_most_once: Never start a call twice.
     """
 
     label: str
@@ -58,6 +59,7 @@ class CallOptions:
     track: bool = True
     retry: Retry | None = None
     kept: bool = False
+    at_most_once: bool = False
 
 
 class Caller:
@@ -166,6 +168,7 @@ class Caller:
                 track=options.track,
                 retry_on=options.retry.names if options.retry is not None else (),
                 exit_codes=options.retry.exit_codes if options.retry is not None else (),
+                at_most_once=options.at_most_once,
             ),
             packed=self._packed,
             pool=options.pool,

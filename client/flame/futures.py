@@ -150,7 +150,7 @@ class ObjectFuture(Future[T]):
         return ItemStream(self)
 
     def logs(self) -> list[str]:
-        """The lines of output that have arrived from the call; the last thousand of it."""
+        """The last thousand lines that have arrived; of an attached call, all that are kept."""
         return self._desk.lines_of(self._counter)
 
     def __await__(self) -> Generator[Any, None, T]:

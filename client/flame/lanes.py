@@ -15,6 +15,7 @@ from flame_broker.messages import (
     SHORT_FRAME_CALLS,
     Call,
     CallSpec,
+    Limitation,
     Result,
     RetryPolicy,
 )
@@ -34,10 +35,14 @@ class Terms(NamedTuple):
     Attributes:
         not_before: When it may start, in seconds since 1970; 0: at once.
         key: What it is to be done once for; ``""``: it stands for itself.
+        after: The ids of the calls that have to succeed first.
+        limit: How many with the same key may be under way.
     """
 
     not_before: float = 0.0
     key: str = ""
+    after: tuple[str, ...] = ()
+    limit: Limitation | None = None
 
 
 NO_TERMS: Final = Terms()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from numbers import Real
 from time import time
 from typing import Any, Final, TypedDict
 
 from flame.calls import CallOptions
+from flame.futures import ObjectFuture
 from flame.lanes import Terms
+from flame.limit import Limit
 from flame.packaging import target_name
 from flame.retry import Retry
 from flame_broker.errors import ConfigError, FlameError
-from flame_broker.messages import Priority, is_plain
+from flame_broker.messages import Priority, is_plain, parse_call_id
 from flame_broker.resources import ResourceRequirement
 from flame_broker.topology import DEFAULT_POOL, check_pool
 
@@ -81,7 +83,7 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
         names = ", ".join(sorted(ServiceOptions.__optional_keys__))
         raise TypeError(f"unknown option {min(unknown)!r}: expected one of {names}")
     retry = _retry(given.get("retry"))
-    _check_delivery(given.get("delivery", "at_least_once"))
+    at_most_once = _is_at_most_once(given.get("delivery", "at_least_once"))
     warmup: object = given.get("warmup", 0)
     if not isinstance(warmup, int) or warmup < 0:
         raise ValueError(f"warmup={warmup!r}: expected 0 or more, as an integer")
@@ -90,10 +92,17 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
             "stateful=True is for instances, which are not served yet: calls share no state"
         )
     autoscale = _switch("autoscale", given.get("autoscale"))
-    if retry is not None and autoscale is False:
+    if retry is not None and at_most_once:
+        raise ConfigError(
+            "delivery='at_most_once' never starts a call twice, and retry= does: leave one of the "
+            "two out"
+        )
+    kept = retry is not None or at_most_once
+    if kept and autoscale is False:
         raise ConfigError(
             "autoscale=False counts the calls that this client has on their way, and those with "
-            "retry= are kept by the orchestrator: leave one of the two out"
+            "retry= or delivery='at_most_once' are kept by the orchestrator: leave one of the two "
+            "out"
         )
     return CallOptions(
         label=target_name(obj).rpartition(":")[2].rpartition(".")[2],
@@ -106,27 +115,56 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
         limit=max(1, warmup) if autoscale is False else None,
         track=bool(given.get("track", True)),
         retry=retry,
-        kept=retry is not None,
+        kept=kept,
+        at_most_once=at_most_once,
     )
 
 
-def make_terms(not_before: datetime | timedelta | float | None, key: str) -> Terms:
+def make_terms(
+    not_before: datetime | timedelta | float | None,
+    key: str,
+    after: Iterable[ObjectFuture[Any] | str],
+    limit: Limit | None,
+) -> Terms:
     """Check what one call asks of the orchestrator.
 
     Raises:
-        TypeError: It is no time, or no key.
-        ValueError: A time without its zone, or one that cannot be.
+        TypeError: It is no time, no key, no call or no limit.
+        ValueError: A time without its zone, or one that cannot be; a call that nobody follows.
     """
     _check_key(key)
+    if limit is not None and not isinstance(limit, Limit):
+        raise TypeError(f"limit={limit!r}: expected flame.Limit('license', 4), or None")
+    limitation = None if limit is None else limit.limitation
+    calls = tuple(dict.fromkeys(map(_call_to_await, [after] if isinstance(after, str) else after)))
+    return Terms(_earliest(not_before), key, calls, limitation)
+
+
+def _call_to_await(call: ObjectFuture[Any] | str) -> str:
+    if isinstance(call, str):
+        parse_call_id(call)
+        return call
+    if not isinstance(call, ObjectFuture):
+        raise TypeError(f"after={call!r}: expected futures of calls, or their ids")
+    lane = call.lane
+    if lane is not None and lane.keeping is None and not lane.exchange:
+        raise ValueError(
+            f"after={call!r}: nobody follows that call, since its service has track=False or the "
+            "broker knows no orchestrator"
+        )
+    return call.id
+
+
+def _earliest(not_before: datetime | timedelta | float | None) -> float:
     if not_before is None:
-        return Terms(0.0, key)
+        return 0.0
     if isinstance(not_before, datetime):
         if not_before.tzinfo is None:
             raise ValueError(
                 f"not_before={not_before!r}: a time needs its zone, as in "
                 "datetime.now(UTC) + timedelta(hours=1); workers may be elsewhere"
             )
-        return Terms(max(0.0, not_before.timestamp()), key)
+        return max(0.0, not_before.timestamp())
     delay_s = _as_seconds(not_before)
     if delay_s is None:
         raise TypeError(
@@ -135,7 +173,7 @@ def make_terms(not_before: datetime | timedelta | float | None, key: str) -> Ter
         )
     if not 0 <= delay_s < float("inf"):
         raise ValueError(f"not_before={not_before}: expected 0 seconds or more from now on")
-    return Terms(time() + delay_s, key)
+    return time() + delay_s
 
 
 def _check_key(key: object) -> None:
@@ -153,11 +191,10 @@ def _retry(value: object) -> Retry | None:
     return value
 
 
-def _check_delivery(delivery: object) -> None:
-    if delivery == "at_most_once":
-        raise ConfigError("delivery='at_most_once' is not there yet in this version")
-    if delivery != "at_least_once":
+def _is_at_most_once(delivery: object) -> bool:
+    if delivery not in ("at_least_once", "at_most_once"):
         raise ValueError(f"delivery={delivery!r}: expected 'at_least_once' or 'at_most_once'")
+    return delivery == "at_most_once"
 
 
 def seconds(name: str, value: float | timedelta | None) -> float:

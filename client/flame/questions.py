@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from flame.inquiry import Enough, Facts, Inquiry
@@ -14,6 +14,7 @@ from flame_broker.topology import DEFAULT_POOL
 
 if TYPE_CHECKING:
     from flame.depths import QueueDepth
+    from flame.logs import LogLine
 
 __all__ = ["Questions"]
 
@@ -149,6 +150,22 @@ class Questions(ABC):
         """Give an order; said twice on its way, it is carried out once."""
         mark = secrets.token_hex(_MARK_BYTES)
         return self._ask(lambda inquiry: inquiry.ask(order, order=mark, name=name, call=call))
+
+    def log(self, call: str, *, follow: bool = False) -> Iterator[LogLine]:
+        """What a tracked call has printed, as far as it is kept, line by line.
+
+        Args:
+            call: Its id.
+            follow: Go on with what it prints, until it has ended.
+
+        Raises:
+            ValueError: This is no call id.
+            NoOrchestrator: No orchestrator keeps a history here.
+            CallError: The history knows no such call.
+        """
+        from flame.logs import log_of
+
+        return log_of(self._ask, call, follow=follow)
 
     def ping_broker(self) -> float:
         """Seconds of one round trip to the broker: published, confirmed, delivered to us.

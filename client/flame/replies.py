@@ -59,7 +59,7 @@ class Replies:
         frame = self._answers.open(delivery, exchange)
         if isinstance(frame, EventFrame):
             for event in frame.events:
-                self._note(frame.label, event)
+                self._note(frame.label, event, echo=frame.echo)
         delivery.ack()
 
     def _settle(self, frame: ResultFrame) -> None:
@@ -94,7 +94,7 @@ class Replies:
         record = self._pending.records.get(result.counter)
         return None if record is None else record.follow(result)
 
-    def _note(self, label: str, event: Event) -> None:
+    def _note(self, label: str, event: Event, *, echo: bool) -> None:
         record = self._pending.records.get(event.counter)
         if event.kind is EventKind.PROGRESS:
             if record is not None:
@@ -103,4 +103,5 @@ class Replies:
         if record is not None:
             record.take_sign_of_life()
         self.log_book.add(event.counter, event.text)
-        self.console.write(label, event.text, event.kind)
+        if echo:
+            self.console.write(label, event.text, event.kind)

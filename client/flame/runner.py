@@ -108,7 +108,9 @@ class Runner:
             queue_timeout: How long a call may wait for a worker.
             priority: ``high``, ``normal`` or ``low``.
             pool: Whose workers.
-            delivery: ``at_least_once``; ``at_most_once`` is not there yet.
+            delivery: ``at_least_once``: after a lost worker a call runs again; or ``at_most_once``:
+                it is never started twice, and a lost run ends as ``WorkerLost``; needs an
+                orchestrator.
             track: Keep a record of the calls, where an orchestrator does so.
 
         Raises:

@@ -39,8 +39,9 @@ _FRAMES_A_TURN: Final = 16  # then replies get their turn
 _LOOK_EVERY_S: Final = 0.25
 _MOST_KEPT: Final = 1_000_000  # the orchestrator writes them to its database
 _NO_ORCHESTRATOR: Final = (
-    "retry=, not_before= and key= need an orchestrator, and none has ever run on this broker with "
-    "this key: start `flame-orchestrator` beside it (the embedded cluster has none yet)"
+    "retry=, delivery='at_most_once' and options() need an orchestrator, and none has ever run on "
+    "this broker with this key: start `flame-orchestrator` beside it (the embedded cluster has "
+    "none yet)"
 )
 
 _log = get_logger("flame.client")
@@ -248,6 +249,8 @@ class Sender:
             keys=tuple([one.key for one in terms]),
             retry=keeping.retry,
             queue_timeout_s=keeping.queue_timeout_s,
+            after=tuple([one.after for one in terms]) if any(t.after for t in terms) else (),
+            limits=tuple([one.limit for one in terms]) if any(t.limit for t in terms) else (),
         )
 
     def _publish(self, lane: Lane, calls: list[Call], body: bytes, *, again: bool) -> None:

@@ -17,6 +17,7 @@ from flame_broker.errors import ConfigError, FlameError
 if TYPE_CHECKING:
     from flame.client import Client
     from flame.futures import ObjectFuture
+    from flame.limit import Limit
     from flame.mapping import MapResults
     from flame.schedule import Schedule
 
@@ -60,7 +61,12 @@ class RunnerService(Generic[R]):
         return self._caller.submit(args, kwargs)
 
     def options(
-        self, *, not_before: datetime | timedelta | float | None = None, key: str = ""
+        self,
+        *,
+        not_before: datetime | timedelta | float | None = None,
+        key: str = "",
+        after: Iterable[ObjectFuture[Any] | str] = (),
+        limit: Limit | None = None,
     ) -> Callable[..., ObjectFuture[R]]:
         """The same service, with terms for the calls that are made by what this returns.
 
@@ -71,18 +77,21 @@ class RunnerService(Generic[R]):
                 seconds from now on.
             key: What is to be done once: a second call with the same key does not run, its future
                 gets the outcome of the first. The key is free again when the history forgets it.
+            after: Calls that have to succeed first: their futures or ids. If one of them does not,
+                the call ends as ``CallCancelled``, and says which.
+            limit: How many calls with the same key may be under way at a time.
 
         Raises:
             ConfigError: The service has a limit of its own, ``autoscale=False``.
-            TypeError: It is no time, or no key.
-            ValueError: A time without its zone, or one that cannot be.
+            TypeError: It is no time, no key, no call or no limit.
+            ValueError: A time without its zone, or one that cannot be; a call that is not tracked.
 
         >>> nightly = service.options(not_before=timedelta(hours=8), key="report-2026-11-26")
         >>> nightly("accounts.csv").get()
         """
         from flame.options import make_terms
 
-        terms = make_terms(not_before, key)
+        terms = make_terms(not_before, key, after, limit)
         return partial(self._submit_kept, terms)
 
     def _submit_kept(self, terms: Terms, /, *args: Any, **kwargs: Any) -> ObjectFuture[R]:
@@ -181,7 +190,9 @@ class RunnerService(Generic[R]):
             timeout: Seconds to wait; None for ever.
         """
         # Its own timeout is the one that counts.
-        options = replace(self._options, queue_timeout_s=0.0, retry=None, kept=False)
+        options = replace(
+            self._options, queue_timeout_s=0.0, retry=None, kept=False, at_most_once=False
+        )
         probe = Caller(self._caller.client, NOTHING, options)
         future = probe.submit((), {})
         if future.wait(timeout):

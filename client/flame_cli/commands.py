@@ -54,6 +54,7 @@ COMMANDS: Final = {
     "ping": Command("flame_cli.ping:ping", "Measure round trips to the broker and a worker."),
     "ps": Command("flame_cli.history:ps", "List calls and what became of them."),
     "show": Command("flame_cli.history:show", "Show all that is known of a call."),
+    "logs": Command("flame_cli.logs:logs", "Print what a call has printed, or follow it."),
     "result": Command("flame_cli.history:result", "Print or save what a call returned."),
     "wait": Command("flame_cli.history:wait", "Wait until calls have ended."),
     "cancel": Command("flame_cli.history:cancel", "Cancel calls that wait or run."),

@@ -14,7 +14,7 @@ import typer
 from flame_broker.errors import CallError
 from flame_cli.connecting import asking, connected
 from flame_cli.exits import DONE, WORK_FAILED
-from flame_cli.options import ContextName, Json
+from flame_cli.options import CallId, ContextName, Json, checked
 from flame_cli.tables import Column, show_record, show_table
 
 if TYPE_CHECKING:
@@ -35,20 +35,20 @@ _COLUMNS: Final = (
 _TIMES: Final = {
     "queued_at": "queued",
     "due_at": "due",
+    "started_at": "started",
     "ended_at": "ended",
     "expires_at": "expires",
 }
 _CANCELLED: Final = (Column("id"), Column("label"), Column("was"), Column("cancelled"))
 _REASON_LENGTH: Final = 60
 
-CallId = Annotated[str, typer.Argument(metavar="ID", help="The call, as `flame ps` lists it.")]
-
 
 def ps(
     state: Annotated[
         str,
         typer.Option(
-            help="Only waiting, queued, succeeded, failed, cancelled, expired or quarantined ones."
+            help="Only waiting, queued, running (for five seconds or more), succeeded, failed, "
+            "cancelled, expired or quarantined ones."
         ),
     ] = "",
     label: Annotated[str, typer.Option(help="Only calls of the service with this name.")] = "",
@@ -79,7 +79,7 @@ def show(call: CallId, context: ContextName = None, json: Json = False) -> None:
       flame show "$(flame ps --limit 1 | awk 'NR == 2 {print $1}')"
     """
     with asking(context) as cluster:
-        facts = cluster.story(_checked(call))
+        facts = cluster.story(checked(call))
     if facts is None:
         raise CallError(f"the history knows no call {call}; `flame ps` lists those it knows", call)
     show_record(_row(facts), as_json=json)
@@ -104,7 +104,7 @@ def result(
     import flame
 
     with connected(context) as client:
-        value = _outcome(flame.attach(_checked(call), client=client), timeout_s)
+        value = _outcome(flame.attach(checked(call), client=client), timeout_s)
     if output is None:
         typer.echo(value if isinstance(value, str) else repr(value))
     elif isinstance(value, bytes):
@@ -132,7 +132,7 @@ def wait(
 
     until = None if timeout_s is None else time.monotonic() + timeout_s
     with connected(context) as client:
-        futures = [flame.attach(_checked(call), client=client) for call in calls]
+        futures = [flame.attach(checked(call), client=client) for call in calls]
         for future in futures:
             left = None if until is None else max(0.0, until - time.monotonic())
             if not future.wait(left):
@@ -165,7 +165,7 @@ def cancel(
     rows = []
     with flame.connect(context=context) as client:
         for call in calls:
-            future = flame.attach(_checked(call), client=client)
+            future = flame.attach(checked(call), client=client)
             story = client.story(call) or {}
             before = str(story.get("state", ""))
             ended = story.get("ended_at") is not None or not future.cancel()
@@ -186,16 +186,6 @@ def _outcome(future: flame.ObjectFuture[Any], timeout_s: float | None) -> Any:
         raise CallError(
             f"{future.id} ({future.label}) has not ended after {timeout_s:g} s", future.id
         ) from None
-
-
-def _checked(call: str) -> str:
-    from flame_broker.messages import parse_call_id
-
-    try:
-        parse_call_id(call)
-    except ValueError as problem:
-        raise typer.BadParameter(str(problem)) from problem
-    return call
 
 
 def _row(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from flame_worker.batches import Batch, Lost, SlotOwner, SpooledResult
 from flame_worker.dispatch import Dispatcher
 from flame_worker.gpus import GpuPool, GpuShare
 from flame_worker.intake import Intake
+from flame_worker.leases import Leases
 from flame_worker.outbox import Outbox
 from flame_worker.pool import SlotPool
 from flame_worker.slots import Slot
@@ -127,6 +128,10 @@ class PlayedSlot:
         self.cancels.append(counter)
         return True
 
+    def left_of(self, batch: Batch) -> list[int]:
+        """Calls of a batch without a result."""
+        return [call.counter for other, call in self._left if other is batch]
+
     def finish(self, *, value: object = None, seconds: float = 0.0, result: Any = None) -> None:
         """The running call ends."""
         batch, call = self._left.popleft()
@@ -181,6 +186,14 @@ class Bench:
         self.pool = self.dispatcher.pool = SlotPool(capacity, self.gpus, self._make)
         self.intake = self.dispatcher.intake = Intake(
             self.transport, KEYRING, POOL, self.outbox, self.spool, self.dispatcher
+        )
+        self.leases = self.intake.leases = Leases(
+            self.transport,
+            KEYRING,
+            "w1",
+            outbox=self.outbox,
+            dispatcher=self.dispatcher,
+            hands=self.intake,
         )
         self.results: list[Result] = []
 

@@ -17,6 +17,7 @@ from flame_worker.batches import Batch, Lost, SlotOwner
 from flame_worker.dispatch import Dispatcher
 from flame_worker.gpus import GpuPool, GpuShare
 from flame_worker.intake import Intake
+from flame_worker.leases import Leases
 from flame_worker.outbox import Outbox
 from flame_worker.pool import SlotPool
 from flame_worker.slots import Slot
@@ -122,6 +123,14 @@ class Factory:
         self._pool = self._dispatcher.pool = SlotPool(room, GpuPool(0), self._make)
         self.intake = self._dispatcher.intake = Intake(
             self.wire, KEYRING, POOL, self._outbox, self._spool, self._dispatcher
+        )
+        self.intake.leases = Leases(
+            self.wire,
+            KEYRING,
+            name,
+            outbox=self._outbox,
+            dispatcher=self._dispatcher,
+            hands=self.intake,
         )
         self.loop.complete(self._start(slots))
 

@@ -3,129 +3,28 @@
 from __future__ import annotations
 
 import random
-import tempfile
-from collections import defaultdict
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from time import time
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from flame_broker.codec import encode_value
 from flame_broker.errors import CallCancelled, CallTimeout, FlameError, WorkerLost
-from flame_broker.frames import encode, identity
-from flame_broker.messages import (
-    Call,
-    CallFrame,
-    CallSpec,
-    ControlFrame,
-    Deposit,
-    Result,
-    ResultFrame,
-    RetryPolicy,
-    Status,
-    Target,
-)
-from flame_broker.outcomes import describe, encode_error, encode_failure
-from flame_broker.topology import calls_queue, custody_queue
-from flame_orchestrator.custody import Custody, Due, Fenced, Letter, News
-from flame_orchestrator.database import open_database
-from flame_orchestrator.history import History
-from flame_orchestrator.ledger import Ledger
+from flame_broker.messages import Result, RetryPolicy, Status
+from flame_broker.outcomes import describe
+from flame_orchestrator.custody import Fenced
+from flame_orchestrator.letters import Letter
 from flame_orchestrator.schema import kept
 from flame_orchestrator.states import CallState
-from lab.bench import KEYRING
-
-KEY = KEYRING.signer
-CUSTODY = custody_queue(KEY.hex_id).name
-CALLS = calls_queue(KEY.hex_id, "default", "c1").name
-AT_ONCE = RetryPolicy(3, 0.0, 1.0, jitter=False)
-ANY = ("builtins.Exception",)
-
-
-@cache
-def _empty_database() -> bytes:
-    """Migrated once for all: that takes longer than most tests."""
-    with tempfile.TemporaryDirectory() as folder:
-        open_database(f"sqlite:///{folder}/ledger.sqlite").dispose()
-        return (Path(folder) / "ledger.sqlite").read_bytes()
-
-
-class Desk:
-    """A custody, its database, and all that clients were told."""
-
-    def __init__(self, folder: Path) -> None:
-        (folder / "ledger.sqlite").write_bytes(_empty_database())
-        self.engine = open_database(f"sqlite:///{folder}/ledger.sqlite")
-        self.custody = Custody(self.engine, Ledger(self.engine), KEY)
-        self.history = History(self.engine)
-        self.epoch = self.custody.lead("us")
-        self.told: dict[str, list[Result]] = defaultdict(list)
-
-    def take(self, *letters: Letter) -> News:
-        """Letters arrive together."""
-        news = self.custody.record(self.epoch, letters)
-        for frame in news.results:
-            for result in frame.results:
-                self.told[f"{frame.client}-{result.counter}"].append(result)
-        return news
-
-    def start_due(self) -> list[Due]:
-        """Queue all that is due."""
-        calls = self.custody.due(time(), 100)
-        self.custody.queued(self.epoch, calls)
-        return calls
-
-    def state(self, counter: int, client: str = "c") -> object:
-        """As ``flame show`` has it."""
-        story = self.history.story(client, counter)
-        return None if story is None else story["state"]
+from lab.desk import ANY, AT_ONCE, Desk, again, cancel, deposit, failed, good, outcome
 
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
     return Desk(tmp_path)
-
-
-def letter(frame: Deposit | ResultFrame | ControlFrame) -> Letter:
-    return Letter(frame, identity(encode(frame, KEY)))
-
-
-def deposit(
-    *counters: int, client: str = "c", due: float = 0.0, key: str = "", **changes: Any
-) -> Letter:
-    on = changes.pop("on", ANY)
-    spec = CallSpec(Target("m:f"), label="work", retry_on=on if "retry" in changes else ())
-    calls = tuple(Call(counter, b"") for counter in counters)
-    frame = CallFrame(CALLS, f"reply.{client}", client, spec, calls)
-    times, keys = (due,) * len(calls), (key,) * len(calls)
-    return letter(Deposit(CUSTODY, frame, times, keys, **changes))
-
-
-def outcome(*results: Result, client: str = "c", attempt: int = 1, worker: str = "w") -> Letter:
-    return letter(ResultFrame(CUSTODY, client, worker, results, attempt))
-
-
-def good(counter: int) -> Result:
-    return Result(counter, Status.OK, encode_value(counter).join())
-
-
-def again(counter: int) -> Result:
-    return Result(counter, Status.AGAIN, encode_error(OSError("not yet")))
-
-
-def failed(counter: int, kind: type[FlameError] = WorkerLost) -> Result:
-    return Result(counter, Status.FAILED, encode_failure(kind, "it is so"))
-
-
-def cancel(*counters: int, client: str = "c", spare_running: bool = False) -> Letter:
-    arguments = {"client": client, "counters": counters, "spare_running": spare_running}
-    return letter(ControlFrame(CUSTODY, "cancel", arguments))
 
 
 def statuses(results: Iterable[Result]) -> list[Status]:

@@ -211,7 +211,7 @@ def test_service_options_apply(client: flame.Client, worker: FakeWorker) -> None
     assert frame.spec.timeout_s == 5
     assert frame.queue.endswith(".high")
     with pytest.raises(ConfigError):
-        flame.Executor(client=client, delivery="at_most_once")
+        flame.Executor(client=client, delivery="at_most_once", retry=flame.Retry())
 
 
 def test_run_in_executor_of_asyncio(executor: flame.Executor) -> None:

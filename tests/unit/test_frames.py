@@ -86,9 +86,20 @@ records = st.one_of(
         text,
         text,
         st.lists(
-            st.builds(Event, st.integers(0, 9), st.sampled_from(EventKind), text, st.floats(0, 1)),
+            st.builds(
+                Event,
+                st.integers(0, 9),
+                st.sampled_from(EventKind),
+                text,
+                st.floats(0, 1),
+                run=st.integers(0, 9),
+                index=st.integers(0, 9),
+            ),
             max_size=3,
         ).map(tuple),
+        attempt=st.integers(1, 9),
+        at=st.floats(0, 2e9),
+        echo=st.booleans(),
     ),
     st.builds(ControlFrame, text, text, st.dictionaries(text, st.integers(0, 9))),
 )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from flame_broker.errors import BrokerUnavailable
 from flame_broker.keys import Keyring
 from flame_broker.transport import QueueSpec
 from flame_worker.intake import Intake
+from flame_worker.leases import Leases
 from lab.wait import eventually
 
 KEYRING = Keyring.parse("k" * 40)
@@ -52,7 +53,9 @@ class FaultyBroker:
 def make_intake(broker: FaultyBroker, *, width: int = 2) -> Intake:
     dispatcher = SimpleNamespace(pool=SimpleNamespace(width=lambda _: width), room=lambda _: width)
     parts: list[Any] = [broker, KEYRING, "default", None, None, dispatcher]
-    return Intake(*parts)
+    intake = Intake(*parts)
+    intake.leases = cast(Leases, SimpleNamespace(occupied=lambda _: 0))
+    return intake
 
 
 async def test_a_slot_that_is_ready_early_does_not_open_undeclared_queues() -> None:

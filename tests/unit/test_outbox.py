@@ -19,6 +19,7 @@ from flame_broker.topology import (
 )
 from flame_broker.transport import Delivery
 from flame_worker import outbox
+from flame_worker.telling import Voice
 from lab.bench import KEYRING, bench, frame_of
 from lab.wait import eventually
 
@@ -90,7 +91,7 @@ async def test_a_flood_of_output_leaves_in_frames_that_are_not_refused(tmp_path:
         found: list[Delivery] = []
         await lab.broker.consume(queue.name, found.append, prefetch=0)
         for _ in range(100):
-            lab.outbox.event(KEY, "c0", "f", Event(1, EventKind.STDOUT, "x" * 64 * 1024))
+            lab.outbox.event(Voice(KEY, "c0"), Event(1, EventKind.STDOUT, "x" * 64 * 1024))
         lines: list[Event] = []
 
         def all_read() -> bool:

@@ -15,6 +15,7 @@ PUBLIC = {
     "CallContext",
     "Client",
     "Executor",
+    "Limit",
     "MapResults",
     "ObjectFuture",
     "ObjectRef",

@@ -112,7 +112,12 @@ def test_workers_answer_the_client(client: flame.Client) -> None:
     ("options", "error", "words"),
     [
         ({"retry": 3}, TypeError, "flame.Retry"),
-        ({"delivery": "at_most_once"}, ConfigError, "not there yet"),
+        (
+            {"delivery": "at_most_once", "retry": flame.Retry()},
+            ConfigError,
+            "never starts a call twice",
+        ),
+        ({"delivery": "at_most_once", "autoscale": False}, ConfigError, "kept by the orchestrator"),
         ({"delivery": "twice"}, ValueError, "at_least_once"),
         ({"warmup": -1}, ValueError, "warmup"),
         ({"stateful": True}, ValueError, "stateful"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -24,6 +25,7 @@ from flame_broker.messages import (
     CallFrame,
     CallSpec,
     Deposit,
+    Limitation,
     Result,
     ResultFrame,
     RetryPolicy,
@@ -377,6 +379,17 @@ def test_the_policy_of_a_kept_call_holds_when_it_runs_again(desk: Desk) -> None:
         policies = connection.scalars(select(kept.c.retry)).all()
     assert policies[0] is not None
     assert policies[0] == policies[1]
+
+
+def test_a_call_under_a_limit_runs_again_under_it(desk: Desk) -> None:
+    limited = replace(deposit(), limits=(Limitation("tape", 2),))
+    first = replace(limited, frame=replace(limited.frame, client="c"))
+    desk.custody.keep(lambda _: [first])
+    desk.end("c-0")
+    reruns(desk).again("c", 0, "new")
+    with desk.engine.connect() as connection:
+        keys = connection.scalars(select(kept.c.limit_key)).all()
+    assert keys == ["tape", "tape"]
 
 
 def test_a_call_that_was_only_seen_as_a_suspect_goes_to_the_calls_of_its_pool(desk: Desk) -> None:

@@ -16,9 +16,10 @@ from flame_broker.frames import encode, identity, open_frame
 from flame_broker.memory import MemoryTransport
 from flame_broker.messages import FRAME_CALLS, Call, CallFrame, CallSpec, Deposit, Target
 from flame_broker.topology import calls_queue, custody_queue
-from flame_orchestrator.custody import Custody, Letter
+from flame_orchestrator.custody import Custody
 from flame_orchestrator.database import open_database
 from flame_orchestrator.ledger import Ledger
+from flame_orchestrator.letters import Letter
 from flame_orchestrator.timekeeper import Timekeeper
 from lab.bench import KEYRING
 from lab.wait import eventually
@@ -109,7 +110,7 @@ async def test_a_call_starts_when_it_is_due_and_one_that_has_ended_meanwhile_doe
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [time()]  # it stands still until the test moves it
-    for module in ("custody", "timekeeper"):
+    for module in ("session", "timekeeper"):
         monkeypatch.setattr(f"flame_orchestrator.{module}.time", lambda: now[0])
     async with clockwork(tmp_path) as works:
         works.deposit(1, 2, due=now[0] + 0.4)

@@ -26,6 +26,7 @@ from flame_broker.store import open_store
 from flame_broker.store.cache import NodeCache
 from flame_broker.topology import (
     DEFAULT_POOL,
+    beats_exchange,
     classes_queue,
     control_exchange,
     control_queue,
@@ -38,6 +39,7 @@ from flame_worker.capacity import detect_capacity, memory_share
 from flame_worker.dispatch import Dispatcher
 from flame_worker.gpus import GpuPool, GpuShare
 from flame_worker.intake import Intake
+from flame_worker.leases import Leases
 from flame_worker.outbox import Outbox
 from flame_worker.pool import SlotPool
 from flame_worker.slots import Slot, SlotSettings
@@ -134,6 +136,14 @@ class Worker:
             self._dispatcher,
         )
         self._dispatcher.intake = self._intake
+        self._leases = self._intake.leases = Leases(
+            self._transport,
+            settings.keyring,
+            settings.name,
+            outbox=self._outbox,
+            dispatcher=self._dispatcher,
+            hands=self._intake,
+        )
         self._tombstones = Tombstones(
             self._transport, settings.keyring, settings.name, self._intake.cancel
         )
@@ -159,6 +169,7 @@ class Worker:
         await self._tombstones.learn()
         await self._intake.add_class(DEFAULT_CLASS, with_suspects=True)
         await self._follow_classes()
+        self._chore(self._leases.watch())
         self._chore(self._report_health())
         self._chore(self._keep_room_for_the_aged())
         self._started = True
@@ -184,6 +195,7 @@ class Worker:
         self._intake.stop()
         self._dispatcher.close()
         await self._pool.close(grace_s=1.0)
+        self._leases.give_up()
         await self._bridge.close()
         await self._outbox.drain(timeout_s=5.0)
         self._outbox.close()
@@ -204,11 +216,15 @@ class Worker:
     async def _wait_until_empty(self, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while self._intake.held and loop.time() < deadline:
+        while self._held and loop.time() < deadline:
             await self._outbox.drain(timeout_s=1.0)
             await asyncio.sleep(0.02)
-        if self._intake.held:
-            _log.warning("worker.drain_timeout", frames=self._intake.held)
+        if self._held:
+            _log.warning("worker.drain_timeout", frames=self._held)
+
+    @property
+    def _held(self) -> int:
+        return self._intake.held + self._leases.held
 
     def _warn_without_store(self) -> None:
         if self.settings.store_url is None:
@@ -267,6 +283,7 @@ class Worker:
             exchange = control_exchange(key.hex_id)
             await self._transport.declare_exchange(exchange, "fanout")
             await self._transport.declare_exchange(logs_exchange(key.hex_id), "topic")
+            await self._transport.declare_exchange(beats_exchange(key.hex_id), "fanout")
             queue = control_queue(key.hex_id, self.settings.name)
             await self._transport.declare(queue)
             await self._transport.consume(
@@ -305,6 +322,9 @@ class Worker:
             "class": self._learn_class,
             "drain": self._drain_if_named,
             "answer": self._tombstones.take,
+            "leads": self._leases.take_leads,
+            "leased": self._leases.take_answer,
+            "reclaim": self._leases.take_reclaim,
         }
 
     def _answer_hello(self, frame: ControlFrame, key: Key) -> None:
@@ -324,6 +344,7 @@ class Worker:
     def _reconnected(self) -> None:
         """We may have missed what was said meanwhile."""
         self._outbox.reconnected()
+        self._leases.reconnected()
         self._chore(self._tombstones.learn())
 
     def _expire(self, frame: ControlFrame, key: Key) -> None:
@@ -416,7 +437,7 @@ class Worker:
             "pid": os.getpid(),
             "slots": len(slots),
             "busy": sum(bool(slot.batches) for slot in slots),
-            "held": self._intake.held,
+            "held": self._held,
             "gpus": len(self._gpus),
             "capacity": str(self._capacity),
             "python": platform.python_version(),

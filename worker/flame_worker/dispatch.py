@@ -30,6 +30,7 @@ from flame_worker.pace import Pace
 from flame_worker.pool import SlotPool
 from flame_worker.slots import Batch, Lost, Slot, SpooledResult
 from flame_worker.spool import Spool
+from flame_worker.telling import Numbering, Voice
 
 __all__ = ["BUDGET_S", "DROPPED", "Dispatcher", "Supply"]
 
@@ -108,6 +109,7 @@ class Dispatcher:
     def __init__(self, outbox: Outbox, spool: Spool) -> None:
         self._pace = Pace()
         self._apart = Apart()
+        self._numbering = Numbering()
         self._outbox = outbox
         self._spool = spool
         self._lines: dict[str, tuple[deque[Holding], ...]] = {}
@@ -199,6 +201,44 @@ class Dispatcher:
         batches = chain.from_iterable(slot.batches for slot in self.pool.slots())
         return {batch.context.holding for batch in batches}  # type: ignore[attr-defined]
 
+    def takes_long(self, holding: Holding, limit_s: float) -> bool:
+        """Whether a call of a frame is known to take longer."""
+        guess_s = self._pace.guess_s(holding.frame.spec.target, 1)
+        return guess_s is not None and guess_s > limit_s
+
+    def unfinished(self, holding: Holding) -> set[int]:
+        """Calls of a frame that run, each with nothing of the frame behind it in its slot."""
+        return {n for slot, batch, _ in self._alone_in(holding) for n in slot.left_of(batch)}
+
+    def move(self, holding: Holding, leased: Holding) -> None:
+        """Let another holding have those calls."""
+        moved = {call.counter for call in leased.frame.calls}
+        for slot, batch, given in self._alone_in(holding):
+            if not moved.isdisjoint(slot.left_of(batch)):
+                given.holding = leased
+
+    def abandon(self, holding: Holding, counters: frozenset[int]) -> None:
+        """Stop calls whose outcome is for nobody."""
+        for slot in self.pool.slots():
+            for batch in list(slot.batches):
+                if batch.context.holding is holding:  # type: ignore[attr-defined]
+                    for counter in counters.intersection(c.counter for c in batch.calls):
+                        slot.cancel(batch.client, counter)
+        dropped = [call for call in holding.waiting if call.counter in counters]
+        for call in dropped:
+            holding.waiting.remove(call)
+        if dropped and not holding.waiting and holding in (line := self._line_of(holding)):
+            line.remove(holding)
+            self._apart.left(holding)
+        holding.settle(len(dropped))
+
+    def _alone_in(self, holding: Holding) -> Iterable[tuple[Slot, Batch, _Given]]:
+        for slot in self.pool.slots():
+            for batch in slot.batches:
+                given: _Given = batch.context  # type: ignore[assignment]  # the context is ours
+                if given.holding is holding and given.unfinished == 1:
+                    yield slot, batch, given
+
     def ending(self, class_name: str) -> int:
         """How many slots of a class are about to be free."""
         now = _now()
@@ -240,16 +280,18 @@ class Dispatcher:
     def on_output(
         self, slot: Slot, batch: Batch, counter: int, kind: EventKind, lines: list[str]
     ) -> None:
-        """Send output to the client's console."""
-        if batch.spec.echo:
-            for line in lines:
-                self._tell(batch, Event(counter, kind, line))
+        """Send output to who prints or keeps it."""
+        voice = Voice.of(_holding_of(batch), output=True)
+        if voice.heard:
+            for event in self._numbering.events(batch, counter, kind, lines):
+                self._outbox.event(voice, event)
 
     def on_progress(
         self, slot: Slot, batch: Batch, counter: int, fraction: float, text: str
     ) -> None:
         """Send progress to the client."""
-        self._tell(batch, Event(counter, EventKind.PROGRESS, text, fraction))
+        voice = Voice.of(_holding_of(batch), output=False)
+        self._outbox.event(voice, Event(counter, EventKind.PROGRESS, text, fraction))
 
     def on_lost(self, slot: Slot, lost: Lost) -> None:
         """A child died: the call that ran fails, its neighbours are run again."""
@@ -429,9 +471,9 @@ class Dispatcher:
                     self._rebalance_soon()
         self.pump()
 
-    def _tell(self, batch: Batch, event: Event) -> None:
-        holding = batch.context.holding  # type: ignore[attr-defined]
-        self._outbox.event(holding.key, batch.client, batch.spec.label, event)
+
+def _holding_of(batch: Batch) -> Holding:
+    return batch.context.holding  # type: ignore[attr-defined,no-any-return]
 
 
 def _now() -> float:

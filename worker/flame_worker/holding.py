@@ -11,6 +11,7 @@ from flame_broker.keys import Key
 from flame_broker.messages import Call, CallFrame
 from flame_broker.store.cache import Pin
 from flame_worker.convoy import Convoy
+from flame_worker.lease import Lease
 
 __all__ = ["Ack", "Holding"]
 
@@ -33,6 +34,9 @@ class Holding:
         target_path: The target by value, on this node.
         pins: Keep the objects that its calls need on this node.
         convoys: Of calls whose results wait for a large one, by counter.
+        born: When it came, in loop time.
+        lease: A claim on calls of it that waits for its answer, or was refused.
+        run: The lease that its calls have: they are in the orchestrator's custody; ``""`` if not.
     """
 
     acks: list[Ack]
@@ -46,6 +50,9 @@ class Holding:
     target_path: Path | None = None
     pins: list[Pin] = field(default_factory=list)
     convoys: dict[int, Convoy] = field(default_factory=dict)
+    born: float = 0.0
+    lease: Lease | None = None
+    run: str = ""
 
     def __post_init__(self) -> None:
         self.waiting = deque(self.frame.calls)

@@ -38,6 +38,7 @@ from flame_broker.topology import (
 from flame_broker.transport import Delivery, Transport
 from flame_worker.dispatch import DROPPED, Dispatcher
 from flame_worker.holding import Ack, Holding
+from flame_worker.leases import Leases
 from flame_worker.outbox import Outbox
 from flame_worker.spool import Spool
 from flame_worker.taps import Draw, Tap
@@ -67,7 +68,12 @@ class Intake:
         outbox: Takes what is set aside or handed back.
         spool: Fetches what calls need before they start.
         dispatcher: Takes what may run.
+
+    Attributes:
+        leases: Claims what must not run beside another run of it.
     """
+
+    leases: Leases
 
     def __init__(
         self,
@@ -104,6 +110,10 @@ class Intake:
     def held(self) -> int:
         """Frames in hand."""
         return len(self._held)
+
+    def holdings(self) -> list[Holding]:
+        """The frames in hand."""
+        return [*self._held.values()]
 
     @property
     def class_names(self) -> list[str]:
@@ -182,6 +192,14 @@ class Intake:
         if self._open and self._refilling is None:
             self._refilling = self._spawn(self._refill())
 
+    async def make_way(self, holding: Holding) -> None:
+        """See that the ack of a frame brings no other one while its calls still run."""
+        for tap in chain.from_iterable(self._taps.values()):
+            for draw in [draw for draw in tap.draws if holding in draw.holdings]:
+                if not tap.suspects:
+                    self._full.add(tap.class_name)
+                    await self._shut(tap, [draw])
+
     def stop(self) -> None:
         """Ask for nothing more; what the broker was asked for may still come."""
         self._open = False
@@ -229,8 +247,11 @@ class Intake:
             self._full.add(class_name)
             return
         ahead = AHEAD if class_name in self._short else 0
+        free = max(slots, 1) - self.leases.occupied(class_name)
+        if free <= 0:
+            self._full.add(class_name)
         for tap in self._taps[class_name]:
-            wanted = 1 if tap.suspects else max(slots, 1) + ahead
+            wanted = 1 if tap.suspects else free + ahead if free > 0 else 0
             await self._open_tap(tap, wanted, lambda tap: tap.credit)
 
     async def _sip(self, class_name: str) -> bool:
@@ -342,7 +363,8 @@ class Intake:
         if mark in self._settled:
             ack()
             return
-        holding = Holding([ack], frame, key, partial(self._settle, mark, draw))
+        now = asyncio.get_running_loop().time()
+        holding = Holding([ack], frame, key, partial(self._settle, mark, draw), born=now)
         self._held[mark] = holding
         self._look_later()
         draw.holdings.add(holding)
@@ -351,6 +373,22 @@ class Intake:
         holding.suspect = tap.suspects
         if delivery.redelivered:
             self._strike(tap, holding) if tap.suspects else self._suspect(tap, holding)
+        elif not self._late(holding) and self._wanted(holding):
+            self._admit(holding)
+
+    def _admit(self, holding: Holding) -> None:
+        """Some calls may run elsewhere at this moment: whoever keeps the leases knows."""
+        if holding.frame.spec.at_most_once:
+            self.leases.claim(holding, self._on_admitted)
+        elif holding.suspect and self.leases.alive(holding.key):
+            self.leases.look(holding, self._on_admitted)
+        else:
+            self._provide(holding)
+
+    def _on_admitted(self, holding: Holding) -> None:
+        """Time has passed: calls may be late or cancelled, and the worker about to leave."""
+        if not self._open:
+            self._outbox.hand_back(holding, holding.take_waiting())
         elif not self._late(holding) and self._wanted(holding):
             self._provide(holding)
 

@@ -18,8 +18,10 @@ from flame_broker.messages import (
     FRAME_BYTES,
     SHORT_FRAME_CALLS,
     Call,
+    ControlFrame,
     Event,
     EventFrame,
+    Plain,
     Result,
     ResultFrame,
     Status,
@@ -31,12 +33,14 @@ from flame_broker.topology import (
     REASON_HEADER,
     SET_ASIDE_HEADER,
     calls_exchange,
+    custody_queue,
     ledger_queue,
     logs_exchange,
     work_queue,
 )
 from flame_broker.transport import QueueSpec, Transport, Unroutable
 from flame_worker.holding import Holding
+from flame_worker.telling import Voice
 
 __all__ = ["Outbox"]
 
@@ -54,6 +58,7 @@ _REMEMBERED_QUEUES: Final = 1000
 _EVENTS_DELAY_S: Final = 0.05
 _EVENTS_SIZE: Final = 256 * 1024
 """Characters of telemetry that are not held back: a frame of all of them is far below its limit."""
+_EVENT_SIZE: Final = 40  # what a line takes beyond its text
 
 
 _Address = tuple[str, str, int, Target]
@@ -83,7 +88,7 @@ class Outbox:
         self._transport = transport
         self._worker = worker
         self._parcels: dict[_Address, _Parcel] = {}
-        self._events: dict[tuple[Key, str, str], list[Event]] = {}
+        self._events: dict[Voice, tuple[float, list[Event]]] = {}
         self._events_size = 0
         self._in_flight: set[asyncio.Future[None]] = set()
         self._making: set[asyncio.Future[None]] = set()
@@ -119,6 +124,13 @@ class Outbox:
             results: The results.
             seconds: What the child spent on them together, if that was measured.
         """
+        if holding.lease is not None:
+            results = holding.lease.sift(results, seconds, holding.settle)
+            if not results:
+                return
+        self._pack(holding, results, seconds)
+
+    def _pack(self, holding: Holding, results: Iterable[Result], seconds: float) -> None:
         frame = holding.frame
         address = frame.reply, frame.client, frame.attempt, frame.spec.target
         parcel = self._parcels.get(address)
@@ -161,7 +173,13 @@ class Outbox:
         strikes: int = 0,
         suspicion: Suspicion | None = None,
     ) -> None:
-        """Publish calls one a frame (to their own queue, unless told), then settle them."""
+        """Publish calls one a frame (to their own queue, unless told), then settle them.
+
+        Those in the orchestrator's custody are given back to it.
+        """
+        if holding.run:
+            self._release(holding, [*calls])
+            return
         if suspicion is None:  # who hands it back does not start it
             suspicion = min(holding.frame.suspicion, Suspicion.APART)
         for call in calls:
@@ -174,7 +192,17 @@ class Outbox:
                 handed=holding.frame.handed + 1,
             )
             body = encode(frame, holding.key)
-            self._store(work_queue(frame.queue), body, partial(holding.settle, 1))
+            self.store(work_queue(frame.queue), body, partial(holding.settle, 1))
+
+    def _release(self, holding: Holding, calls: list[Call]) -> None:
+        queue = custody_queue(holding.key.hex_id)
+        about: dict[str, Plain] = {
+            "client": holding.frame.client,
+            "counters": tuple(call.counter for call in calls),
+            "run": holding.run,
+        }
+        body = encode(ControlFrame(queue.name, "release", about), holding.key)
+        self.store(queue, body, partial(holding.settle, len(calls)))
 
     def set_aside(self, queue: str, body: bytes, reason: str, then: Callable[[], None]) -> None:
         """Publish a message that cannot be run here, as it came, with the reason and the time."""
@@ -182,28 +210,36 @@ class Outbox:
             REASON_HEADER: reason[:1000],
             SET_ASIDE_HEADER: int(time()),
         }
-        self._store(work_queue(queue), body, then, headers=headers)
+        self.store(work_queue(queue), body, then, headers=headers)
 
-    def event(self, key: Key, client: str, label: str, event: Event) -> None:
+    def event(self, voice: Voice, event: Event) -> None:
         """Queue telemetry: packed over 50 ms, sent unconfirmed, dropped if nobody listens."""
         if not self._transport.capabilities.fanout:
             return  # said once at the start; nobody could listen
-        events = self._events.setdefault((key, client, label), [])
-        if not events:
+        said = self._events.get(voice)
+        if said is None:
+            said = self._events[voice] = time(), []
             asyncio.get_running_loop().call_later(_EVENTS_DELAY_S, self.send_events)
-        events.append(event)
-        self._events_size += len(event.text)
+        said[1].append(event)
+        self._events_size += len(event.text) + _EVENT_SIZE
         if self._events_size >= _EVENTS_SIZE:
             self.send_events()
 
     def send_events(self) -> None:
         """Send the telemetry that has piled up."""
         pending, self._events, self._events_size = self._events, {}, 0
-        for (key, client, label), events in pending.items():
+        for voice, (at, events) in pending.items():
+            key, client, label, attempt, echo, _ = voice
             exchange = logs_exchange(key.hex_id)
-            frame = EventFrame(exchange, client, self._worker, label, tuple(events))
+            frame = EventFrame(
+                exchange, client, self._worker, label, tuple(events), attempt, at, echo
+            )
             confirmed = self._transport.publish(
-                client, encode(frame, key), exchange=exchange, mandatory=False, persistent=False
+                voice.routing_key,
+                encode(frame, key),
+                exchange=exchange,
+                mandatory=False,
+                persistent=False,
             )
             confirmed.add_done_callback(_forget)
 
@@ -225,6 +261,19 @@ class Outbox:
             self._heard_at = asyncio.get_running_loop().time()
         self._in_flight.add(confirmed)
         confirmed.add_done_callback(partial(self._confirmed, queue, then, otherwise))
+
+    def store(
+        self,
+        queue: QueueSpec,
+        body: bytes,
+        then: Callable[[], None],
+        *,
+        headers: dict[str, str | int] | None = None,
+    ) -> None:
+        """Publish into a queue of the cluster, which is made again if somebody has deleted it."""
+        again = partial(self.store, queue, body, then, headers=headers)
+        otherwise = partial(self._make, queue, again)
+        self.publish(queue.name, body, then, headers=headers, otherwise=otherwise)
 
     async def drain(self, timeout_s: float) -> None:
         """Send what is queued and wait for the confirms."""
@@ -298,20 +347,7 @@ class Outbox:
         """The reply queue is gone: the client died, or slept past its expiry (rule 9)."""
         spec = ledger_queue(key.hex_id)
         body = encode(replace(record, queue=spec.name), key)
-        self._make(spec, partial(self._store, spec, body, settle))
-
-    def _store(
-        self,
-        queue: QueueSpec,
-        body: bytes,
-        then: Callable[[], None],
-        *,
-        headers: dict[str, str | int] | None = None,
-    ) -> None:
-        """Publish into a queue of the cluster, which is made again if somebody has deleted it."""
-        again = partial(self._store, queue, body, then, headers=headers)
-        otherwise = partial(self._make, queue, again)
-        self.publish(queue.name, body, then, headers=headers, otherwise=otherwise)
+        self._make(spec, partial(self.store, spec, body, settle))
 
     def _make(self, queue: QueueSpec, then: Callable[[], None]) -> None:
         task = asyncio.ensure_future(self._declare(queue, then))

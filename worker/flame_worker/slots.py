@@ -110,6 +110,11 @@ class Slot:
         """Calls given and not finished."""
         return self._backlog.load + sum(len(calls) for _, calls in (*self._held, *self._doomed))
 
+    def left_of(self, batch: Batch) -> list[int]:
+        """Counters of the calls of a batch that were given to the child and have not ended."""
+        parts = (g.calls[g.done :] for g in self._backlog.given if g.batch is batch)
+        return [call.counter for calls in parts for call in calls]
+
     async def start(self) -> None:
         """Start the child and wait until it is ready.
 

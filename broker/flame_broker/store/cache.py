@@ -72,6 +72,10 @@ class Pin:
     def __del__(self) -> None:
         self.release()
 
+    def twin(self) -> Pin:
+        """One more pin on the same file, released on its own."""
+        return Pin(self.path, os.dup(self._fd))
+
     def release(self) -> None:
         """Let the file be evicted. Safe to call twice."""
         fd, self._fd = self._fd, -1

@@ -1,0 +1,151 @@
+"""What bars kept calls from their start: other calls that have to succeed first, and limits.
+
+A barred call is due never. Here the bars are lifted: when the last of the calls that it waits for
+has succeeded, and when fewer calls than its limit says are under way with the same key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from time import time
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, and_, bindparam, case, delete, func, select, tuple_, update
+
+from flame_broker.messages import Status, call_id
+from flame_broker.outcomes import describe
+from flame_orchestrator.history import outcome_of
+from flame_orchestrator.schema import NEVER, dependencies, kept
+from flame_orchestrator.states import CallState
+
+__all__ = ["Hopeless", "Lifted", "awaits", "give_places", "lift", "wants_places"]
+
+_AT_ONCE: Final = 500
+_MOST_PLACED: Final = 2000
+
+
+class Hopeless(NamedTuple):
+    """A call that will never start, since one that it waits for did not succeed.
+
+    Attributes:
+        client: Whose it is.
+        counter: Its number.
+        reason: Which one failed, and how.
+    """
+
+    client: str
+    counter: int
+    reason: str
+
+
+class Lifted(NamedTuple):
+    """What lifting bars has come to.
+
+    Attributes:
+        hopeless: Calls that wait in vain.
+        more: Whether there are calls that wait for others still.
+    """
+
+    hopeless: list[Hopeless]
+    more: bool
+
+
+def lift(connection: Connection, key_id: str, among: Mapping[str, set[int]] | None) -> Lifted:
+    """Let calls go on whose last awaited call has succeeded.
+
+    Args:
+        connection: In a transaction.
+        key_id: Whose calls.
+        among: What may have ended, by client; None for anything.
+
+    Returns:
+        Nothing is changed about those that wait in vain.
+    """
+    hopeless: list[Hopeless] = []
+    for client, counter in [*_awaited(connection, among)]:
+        outcome = outcome_of(connection, client, counter)
+        if outcome is None:
+            continue
+        on = and_(dependencies.c.client == client, dependencies.c.counter == counter)
+        ours = and_(kept.c.key_id == key_id, kept.c.id.in_(select(dependencies.c.call).where(on)))
+        if outcome.final.status is Status.OK:
+            _go_on(connection, ours)
+            connection.execute(delete(dependencies).where(on))
+        else:
+            why = ": ".join(filter(None, describe(outcome.final)))
+            reason = f"it was to start after {call_id(client, counter)}, which failed: {why}"
+            rows = connection.execute(select(kept.c.client, kept.c.counter).where(ours))
+            hopeless += [Hopeless(row.client, row.counter, reason) for row in rows]
+    return Lifted(hopeless, awaits(connection))
+
+
+def awaits(connection: Connection) -> bool:
+    """Whether any call waits for another one."""
+    return connection.execute(select(dependencies.c.call).limit(1)).first() is not None
+
+
+def _go_on(connection: Connection, calls: Any) -> None:
+    """Calls wait for one less; those that wait for none any more have their time."""
+    connection.execute(update(kept).where(calls).values(unmet=kept.c.unmet - 1))
+    free = and_(kept.c.unmet == 0, kept.c.place.is_(None), kept.c.due_at == NEVER)
+    now = time()
+    due_at = case((kept.c.not_before > now, kept.c.not_before), else_=now)
+    connection.execute(update(kept).where(calls, free).values(due_at=due_at))
+
+
+def give_places(connection: Connection, key_id: str, before: float) -> None:
+    """Let calls that are under limits go on as far as these allow, in the order of their times.
+
+    Args:
+        connection: In a transaction.
+        key_id: Whose calls.
+        before: Those whose time comes by then, in seconds since 1970.
+    """
+    waits = and_(
+        kept.c.key_id == key_id,
+        kept.c.place == 0,
+        kept.c.unmet == 0,
+        kept.c.state == CallState.WAITING.value,
+        kept.c.not_before <= before,
+    )
+    for key in list(connection.scalars(select(kept.c.limit_key).where(waits).distinct())):
+        under_way = and_(kept.c.key_id == key_id, kept.c.limit_key == key, kept.c.place == 1)
+        taken: int = connection.scalar(select(func.count()).select_from(kept).where(under_way)) or 0
+        wanted = (
+            select(kept.c.id, kept.c.limit_calls)
+            .where(waits, kept.c.limit_key == key)
+            .order_by(kept.c.not_before, kept.c.id)
+            .limit(_MOST_PLACED)
+        )
+        placed: list[dict[str, Any]] = []
+        for row in connection.execute(wanted):
+            if taken >= row.limit_calls:
+                break
+            taken += 1
+            placed.append({"row": row.id})
+        if placed:
+            those = update(kept).where(kept.c.id == bindparam("row"))
+            connection.execute(those.values(place=1, due_at=kept.c.not_before), placed)
+
+
+def wants_places(connection: Connection, key_id: str, before: float) -> bool:
+    """Whether ``give_places`` may have something to do."""
+    waits = and_(kept.c.key_id == key_id, kept.c.place == 0, kept.c.not_before <= before)
+    return connection.execute(select(kept.c.id).where(waits).limit(1)).first() is not None
+
+
+def _awaited(
+    connection: Connection, among: Mapping[str, set[int]] | None
+) -> Iterator[tuple[str, int]]:
+    """Those calls that others wait for."""
+    columns = dependencies.c.client, dependencies.c.counter
+    if among is None:
+        for row in connection.execute(select(*columns).distinct()).all():
+            yield row.client, row.counter
+        return
+    every = ((client, counter) for client, counters in among.items() for counter in counters)
+    while some := list(islice(every, _AT_ONCE)):
+        wanted = select(*columns).where(tuple_(*columns).in_(some)).distinct()
+        for row in connection.execute(wanted).all():
+            yield row.client, row.counter
