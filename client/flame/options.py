@@ -121,10 +121,10 @@ def make_options(obj: object, *, echo: bool, given: ServiceOptions) -> CallOptio
 
 
 def make_terms(
-    not_before: datetime | timedelta | float | None,
-    key: str,
-    after: Iterable[ObjectFuture[Any] | str],
-    limit: Limit | None,
+    not_before: datetime | timedelta | float | None = None,
+    key: str = "",
+    after: Iterable[ObjectFuture[Any] | str] = (),
+    limit: Limit | None = None,
 ) -> Terms:
     """Check what one call asks of the orchestrator.
 

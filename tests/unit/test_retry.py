@@ -10,6 +10,8 @@ import pytest
 
 import flame
 from flame.errors import ConfigError, WorkerLost
+from flame.lanes import Terms
+from flame.limit import Limit
 from flame.options import make_options, make_terms
 from flame.retry import Retry
 
@@ -51,7 +53,7 @@ def test_a_service_that_limits_itself_cannot_be_kept_too() -> None:
 def test_a_time_is_absolute_with_its_zone_or_counted_from_now_on() -> None:
     at = datetime(2100, 1, 1, tzinfo=UTC)
     assert make_terms(at, "").not_before == at.timestamp()
-    assert make_terms(None, "once") == (0.0, "once")
+    assert make_terms(None, "once") == Terms(0.0, "once")
     for delay in (60, 60.0, timedelta(minutes=1)):
         assert abs(make_terms(delay, "").not_before - time() - 60) < 30
 
@@ -82,3 +84,31 @@ def test_a_key_is_a_short_text() -> None:
 
 def test_retry_is_a_part_of_the_public_names() -> None:
     assert flame.Retry is Retry
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (("license", 0), ValueError),
+        (("", 1), ValueError),
+        (("a\0", 1), ValueError),
+        ((3, 1), TypeError),
+        (("license", "4"), TypeError),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(
+    given: tuple[Any, Any], problem: type[Exception]
+) -> None:
+    with pytest.raises(problem, match="expected"):
+        Limit(*given)
+
+
+def test_calls_to_wait_for_are_futures_or_ids_each_once() -> None:
+    assert make_terms(after=["k3-1", "k3-2", "k3-1"]).after == ("k3-1", "k3-2")
+    assert make_terms(after="k3-1").after == ("k3-1",)
+    with pytest.raises(ValueError, match="is not a call id"):
+        make_terms(after=["nonsense"])
+    with pytest.raises(TypeError, match="expected futures"):
+        make_terms(after=[3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"flame\.Limit"):
+        make_terms(limit=("license", 4))  # type: ignore[arg-type]
