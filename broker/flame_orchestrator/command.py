@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="flame-orchestrator",
         description="Keep the story of every call for `flame ps`, `show` and `result`, what it\n"
         "prints for `flame logs`, and the calls that need time: those to be tried again, later,\n"
-        "or once.",
+        "once, or on a schedule.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -40,6 +40,9 @@ from flame_orchestrator.custody import Custody, Fenced
 from flame_orchestrator.database import in_words
 from flame_orchestrator.leases import LEASE_S, Leases
 from flame_orchestrator.letters import Letter, Writing
+from flame_orchestrator.orders import LOOK
+from flame_orchestrator.scheduler import Scheduler
+from flame_orchestrator.schedules import Schedules
 from flame_orchestrator.session import Answer, News
 from flame_orchestrator.timekeeper import InThread, Timekeeper
 
@@ -53,6 +56,7 @@ _AHEAD: Final = 500
 _MOST: Final = 500
 _REMEDY: Final = "see to the database or the broker; it is tried again, and nothing is lost"
 _TICK_EVERY_S: Final = 2.0
+_WORDS: Final = ("tick", LOOK)  # among orchestrators; no letters
 _SILENT_S: Final = 10.0
 
 
@@ -68,6 +72,7 @@ class Custodian:
         custody: What is decided.
         in_thread: Where that blocks.
         tell: Hears which calls have ended, by client.
+        schedules: Make calls, too.
         lease_s: How long a worker may be silent that runs calls in our custody.
     """
 
@@ -80,6 +85,7 @@ class Custodian:
         in_thread: InThread,
         tell: Callable[[Mapping[str, set[int]]], None],
         *,
+        schedules: Schedules,
         lease_s: float = LEASE_S,
     ) -> None:
         self._transport = transport
@@ -96,6 +102,9 @@ class Custodian:
         self._arrived = asyncio.Event()
         self._time = Timekeeper(
             transport, key, custody, in_thread, lambda: self._epoch, self._step_down
+        )
+        self._scheduler = Scheduler(
+            schedules, in_thread, lambda: self._epoch, self._step_down, self._time.look
         )
         self._leases = Leases(
             transport,
@@ -122,6 +131,7 @@ class Custodian:
         self._spawn(self._leases.watch())
         self._spawn(self._time.load())
         self._spawn(self._time.start())
+        self._spawn(self._scheduler.run())
         await self._transport.consume(self._queue.name, self._on_letter, prefetch=_AHEAD)
 
     def note(self, ended: Mapping[str, set[int]]) -> None:
@@ -175,8 +185,13 @@ class Custodian:
         if self._epoch is None:
             self._epoch = await self._in_thread(partial(self._custody.lead, self._holder))
             _log.info("custody.leads", key=self._key.hex_id, epoch=self._epoch)
-            self._time.look()
+            self._look()
         return self._epoch
+
+    def _look(self) -> None:
+        """Something was written down that is not known here yet."""
+        self._time.look()
+        self._scheduler.look()
 
     def _step_down(self, reason: str) -> None:
         """Act no more until a letter arrives: then the broker has chosen us again."""
@@ -238,7 +253,9 @@ class Custodian:
         except FlameError as problem:
             _log.warning("custody.refused", reason=str(problem))
             return None
-        if isinstance(frame, ControlFrame) and frame.verb == "tick":
+        if isinstance(frame, ControlFrame) and frame.verb in _WORDS:
+            if frame.verb == LOOK:
+                self._look()
             return None
         if isinstance(frame, Writing):
             letter = Letter(frame, identity(delivery.body))

@@ -7,7 +7,7 @@ wait again. Whoever writes proves that he leads: an epoch that is not the latest
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import time
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from flame_broker.frames import reread
 from flame_broker.keys import Key
-from flame_broker.messages import CallFrame
+from flame_broker.messages import CallFrame, Deposit
 from flame_orchestrator.bars import Lifted, awaits, give_places, lift, wants_places
 from flame_orchestrator.ledger import Ledger
 from flame_orchestrator.letters import Letter
@@ -108,6 +108,26 @@ class Custody:
             self._fence(connection, epoch)
             session = Session(connection, self._ledger, self._key, self._dialect, epoch)
             return session.take(letters)
+
+    def keep(
+        self, find: Callable[[Connection], Iterable[Deposit]], *, epoch: int | None = None
+    ) -> None:
+        """Keep the calls that ``find`` gives, in the transaction that it reads and writes in.
+
+        Args:
+            find: What is to be done; it may run again if this one was not written.
+            epoch: Ours, for what only the leader may do.
+
+        Raises:
+            Fenced: Another one leads.
+            sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
+        """
+        with self._engine.begin() as connection:
+            if epoch is not None:
+                self._fence(connection, epoch)
+            letters = [Letter(deposit, b"") for deposit in find(connection)]
+            session = Session(connection, self._ledger, self._key, self._dialect, epoch or 0)
+            session.take(letters)
 
     def due(self, before: float, limit: int) -> list[Due]:
         """The calls that wait and whose time comes by then, the longest overdue first."""

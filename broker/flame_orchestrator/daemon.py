@@ -32,6 +32,8 @@ from flame_orchestrator.history import History
 from flame_orchestrator.leases import LEASE_S
 from flame_orchestrator.ledger import Arrival, Ledger
 from flame_orchestrator.log_keeper import LogKeeper
+from flame_orchestrator.orders import Orders
+from flame_orchestrator.schedules import Schedules
 
 __all__ = ["Orchestrator", "OrchestratorSettings"]
 
@@ -109,11 +111,17 @@ class Orchestrator:
         self._engine = engine
         self._ledger, history = Ledger(engine), History(engine)
         self._answers = Answers(self._transport, history, self._thread)
+        self._orders = Orders(self._transport, engine, self._in_thread)
+        for question, answer in self._orders.questions.items():
+            self._answers.add(question, answer)
         self._log_keeper = self._keep_logs(engine)
         await self._transport.open()
         for key in self.settings.keyring:
+            custody = Custody(engine, self._ledger, key)
+            self._custodies.append(custody)
+            schedules = self._orders.serve(key, custody)
             await self._listen(key)
-            await self._keep_calls(key, engine)
+            await self._keep_calls(key, custody, schedules)
         await self._log_keeper.start()
         self._later(self._forget())
         _log.info("orchestrator.ready", database=engine.url.render_as_string())
@@ -146,9 +154,7 @@ class Orchestrator:
         await self._transport.consume(ledger.name, self._on_ledger, prefetch=_AHEAD)
         await self._transport.consume(questions.name, self._on_question, prefetch=_QUESTIONS_AHEAD)
 
-    async def _keep_calls(self, key: Key, engine: Engine) -> None:
-        custody = Custody(engine, self._ledger, key)
-        self._custodies.append(custody)
+    async def _keep_calls(self, key: Key, custody: Custody, schedules: Schedules) -> None:
         custodian = Custodian(
             self._transport,
             self.settings.keyring,
@@ -156,6 +162,7 @@ class Orchestrator:
             custody,
             self._in_thread,
             self._answers.tell,
+            schedules=schedules,
             lease_s=self.settings.lease_s,
         )
         self._custodians.append(custodian)

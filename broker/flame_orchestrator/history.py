@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,8 +12,23 @@ import msgpack
 from sqlalchemy import Connection, Engine, Row, Select, and_, select
 
 from flame_broker.frames import reread
-from flame_broker.messages import Result, ResultFrame, Status, call_id, parse_call_id
-from flame_orchestrator.schema import NEVER, batches, failures, kept, outcomes, tombstones
+from flame_broker.messages import (
+    CallFrame,
+    Result,
+    ResultFrame,
+    Status,
+    call_id,
+    parse_call_id,
+)
+from flame_orchestrator.schema import (
+    NEVER,
+    batches,
+    failures,
+    kept,
+    outcomes,
+    schedules,
+    tombstones,
+)
 from flame_orchestrator.spans import Span, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
 
@@ -70,6 +86,7 @@ class History:
             if batch is None and outcome is None:
                 return None
             facts: Facts = {"id": call_id(client, counter), "state": CallState.QUEUED.value}
+            facts |= _schedule_of(connection, client)
             if batch is not None:
                 facts |= _circumstances(batch)
                 if _has_ended(batch, counter):
@@ -84,6 +101,15 @@ class History:
         """The outcome itself; None while the call has not ended."""
         with self._engine.connect() as connection:
             return outcome_of(connection, client, counter)
+
+    def frame(self, client: str, counter: int) -> CallFrame | None:
+        """What a call was made with, by itself in a frame; None if that is not known."""
+        with self._engine.connect() as connection:
+            batch = _batch_of(connection, client, counter)
+        frame = None if batch is None else reread(batch.body)
+        if not isinstance(frame, CallFrame):
+            return None
+        return replace(frame, calls=tuple(c for c in frame.calls if c.counter == counter))
 
     def cancelled(self) -> dict[str, set[int]]:
         """The counters of cancelled calls that a worker may still come upon, by client."""
@@ -223,6 +249,12 @@ def _kept_in(connection: Connection, client: str, first: int, last: int) -> dict
         select(*_OF_CUSTODY).where(kept.c.client == client, kept.c.counter.between(first, last))
     )
     return {row.counter: _custody(row) for row in rows}
+
+
+def _schedule_of(connection: Connection, client: str) -> Facts:
+    """Whose call it is, if a schedule makes the calls of that client."""
+    name = connection.scalar(select(schedules.c.name).where(schedules.c.client == client))
+    return {} if name is None else {"schedule": name}
 
 
 def _custody(row: Any) -> Facts:

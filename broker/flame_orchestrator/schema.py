@@ -34,6 +34,7 @@ __all__ = [
     "log_chunks",
     "metadata",
     "outcomes",
+    "schedules",
     "tombstones",
 ]
 
@@ -215,6 +216,31 @@ tombstones: Final = Table(
     Column("until", Float, nullable=False, index=True),
 )
 """Calls that were cancelled: workers that come later must not start them (rule 10)."""
+
+schedules: Final = Table(
+    "schedules",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("key_id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("client", Text, nullable=False, unique=True),  # of the calls that it makes
+    Column("cron", Text, nullable=False),
+    Column("timezone", Text, nullable=False),
+    Column("catch_up", Text, nullable=False),
+    Column("overlap", Boolean, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # the deposit that each firing makes
+    Column("paused", Boolean, nullable=False),
+    Column("due_at", Float),  # NULL: no time is left that the expression names
+    Column("fired", Integer, nullable=False),  # how many calls it has made: the last one's counter
+    Column("fired_at", Float),  # when the last of them was due
+    Column("skipped_at", Float),  # when the last one was due that was not made
+    Column("skipped_why", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("key_id", "name"),
+)
+"""Calls that are made again and again; their next time is the database's, not a process's."""
+
+Index("schedules_due", schedules.c.key_id, schedules.c.due_at)
 
 log_chunks: Final = Table(
     "log_chunks",

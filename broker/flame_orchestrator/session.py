@@ -337,7 +337,8 @@ class Session:
         self._connection.execute(insert.on_conflict_do_nothing())
 
     def _tell(self, frame: ResultFrame) -> Arrival:
-        self._news.results.append(frame)
+        if frame.queue:  # nobody waits for a call that a schedule has made
+            self._news.results.append(frame)
         return Arrival(frame, encode(frame, self._key))
 
 

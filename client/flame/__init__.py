@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flame.runnable.base import Runnable as Runnable
     from flame.runnable.safe import SafeExecutionContext as SafeExecutionContext
     from flame.runner import Runner as Runner
+    from flame.schedule import Schedule as Schedule
     from flame.service import RunnerService as RunnerService
     from flame_broker.context import CallContext as CallContext
     from flame_broker.context import current_call as current_call
@@ -49,6 +50,7 @@ _HOMES = {
     "Runner": "flame.runner",
     "RunnerService": "flame.service",
     "SafeExecutionContext": "flame.runnable.safe",
+    "Schedule": "flame.schedule",
     "attach": "flame.attached",
     "connect": "flame.client",
     "current_call": "flame_broker.context",

@@ -208,6 +208,14 @@ class Courier:
         finally:
             answer.cancel()  # Ctrl-C ends the wait only
 
+    def make_ready(self, lane: Lane) -> None:
+        """Have everything in its place that a call of this lane needs, though none is made here.
+
+        Raises:
+            FlameError: The broker or the store refused.
+        """
+        self.ask(lambda _: self._sender.make_ready(lane))
+
     @property
     def server(self) -> str:
         """What the broker says it is."""

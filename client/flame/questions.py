@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from flame.inquiry import Enough, Facts, Inquiry
-from flame_broker.messages import parse_call_id
+from flame_broker.errors import CallError
+from flame_broker.messages import Plain, parse_call_id
 from flame_broker.topology import DEFAULT_POOL
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Questions"]
 
 T = TypeVar("T")
+
+_MARK_BYTES: Final = 5  # as a client's id, which the mark of a retry becomes
 
 
 class Questions(ABC):
@@ -79,12 +83,7 @@ class Questions(ABC):
         answer = self._ask(
             lambda inquiry: inquiry.ask("calls", state=state, label=label, limit=limit)
         )
-        found = answer.get("calls")
-        return (
-            [facts for facts in found if isinstance(facts, dict)]
-            if isinstance(found, tuple)
-            else []
-        )
+        return _listed(answer.get("calls"))
 
     def story(self, call: str) -> Facts | None:
         """All that the history knows of a call; None if it knows none of that id.
@@ -98,6 +97,59 @@ class Questions(ABC):
             "call"
         )
         return found if isinstance(found, dict) else None
+
+    def schedules(self) -> list[Facts]:
+        """What is known of every schedule of this key, by name.
+
+        Raises:
+            NoOrchestrator: No orchestrator runs here.
+        """
+        return _listed(self._ask(lambda inquiry: inquiry.ask("schedules")).get("schedules"))
+
+    def schedule(self, name: str) -> Facts:
+        """All that is known of one schedule, with its latest calls and its next times.
+
+        Raises:
+            FlameError: There is none of this name.
+            NoOrchestrator: No orchestrator runs here.
+        """
+        found = self._order("schedule.show", name=name)["schedule"]
+        return found if isinstance(found, dict) else {}
+
+    def pause_schedule(self, name: str) -> None:
+        """Have a schedule make no more calls; errors are those of ``schedule``."""
+        self._order("schedule.pause", name=name)
+
+    def resume_schedule(self, name: str) -> None:
+        """Have a schedule go on with its next time from now; errors as ``schedule``."""
+        self._order("schedule.resume", name=name)
+
+    def remove_schedule(self, name: str) -> None:
+        """Have a schedule forgotten; errors are those of ``schedule``."""
+        self._order("schedule.remove", name=name)
+
+    def run_schedule(self, name: str) -> str:
+        """Have a schedule make a call now; its id. Errors are those of ``schedule``."""
+        return str(self._order("schedule.run", name=name)["call"])
+
+    def retry(self, call: str) -> str:
+        """Have a call run again that has ended, as a new one; the id of that.
+
+        Raises:
+            ValueError: This is no call id.
+            CallError: It is unknown, has not ended, or its arguments are not known.
+            NoOrchestrator: No orchestrator runs here.
+        """
+        parse_call_id(call)
+        answer = self._order("retry", call=call)
+        if isinstance(refusal := answer.get("refusal"), str):
+            raise CallError(refusal, call)
+        return str(answer["call"])
+
+    def _order(self, order: str, *, name: str = "", call: str = "") -> Facts:
+        """Give an order; said twice on its way, it is carried out once."""
+        mark = secrets.token_hex(_MARK_BYTES)
+        return self._ask(lambda inquiry: inquiry.ask(order, order=mark, name=name, call=call))
 
     def log(self, call: str, *, follow: bool = False) -> Iterator[LogLine]:
         """What a tracked call has printed, as far as it is kept, line by line.
@@ -122,3 +174,8 @@ class Questions(ABC):
             BrokerUnavailable: The message was not back within 10 s.
         """
         return self._ask(lambda inquiry: inquiry.echo())
+
+
+def _listed(found: Plain) -> list[Facts]:
+    every = found if isinstance(found, tuple) else ()
+    return [facts for facts in every if isinstance(facts, dict)]

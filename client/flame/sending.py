@@ -306,11 +306,16 @@ class Sender:
     def _prepare(self, lane: Lane) -> None:
         """Declare the queue, announce the class, upload the target; then look again."""
         if lane.preparing is None:
-            lane.preparing = asyncio.ensure_future(self._make_ready(lane))
+            lane.preparing = asyncio.ensure_future(self.make_ready(lane))
             lane.preparing.add_done_callback(partial(self._made_ready, lane))
             self._keep(lane.preparing)
 
-    async def _make_ready(self, lane: Lane) -> None:
+    async def make_ready(self, lane: Lane) -> None:
+        """Have everything in its place that a call of this lane needs.
+
+        Raises:
+            FlameError: The broker or the store refused.
+        """
         await self._declare(lane)
         if lane.packed.blob is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._upload, lane)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flame.futures import ObjectFuture
     from flame.limit import Limit
     from flame.mapping import MapResults
+    from flame.schedule import Schedule
 
 __all__ = ["RunnerService"]
 
@@ -109,6 +110,54 @@ class RunnerService(Generic[R]):
                 "their way; those with options() are kept by the orchestrator"
             )
         return Caller(self._caller.client, self._packed, replace(self._options, kept=True))
+
+    def schedule(
+        self,
+        cron: str,
+        /,
+        *args: Any,
+        name: str,
+        timezone: str = "UTC",
+        catch_up: str = "latest",
+        overlap: bool = True,
+        **kwargs: Any,
+    ) -> Schedule:
+        """Have the orchestrator make a call again and again, on a cron expression.
+
+        It does so without this program, with the options of this service, and keeps the results.
+        The schedule of this name is changed if there is one, so a program may say the same each
+        time that it starts. A parameter of the function that is called as one of ours is given by
+        position, or with ``functools.partial``.
+
+        Args:
+            cron: Minute, hour, day, month and weekday, as ``"0 3 * * mon-fri"``; with six fields
+                the first is seconds. Also ``@hourly``, ``@daily``, ``@weekly``, ``@monthly``.
+            args: The arguments of every call.
+            name: By which it is known: letters, digits, ``.``, ``_`` and ``-``.
+            timezone: On whose clocks, as ``"Europe/Berlin"``. A time that these skip is due when
+                they go on; one that they repeat only once, unless the hour is ``*``.
+            catch_up: What becomes of times that passed while no orchestrator ran: ``"none"``
+                (nothing), ``"latest"`` (one call) or ``"all"`` (a call for each, at most 100).
+            overlap: False makes no call while an earlier one of the schedule has not ended.
+            kwargs: The arguments by name.
+
+        Raises:
+            PackagingError: An argument cannot be pickled, or is a future.
+            ConfigError: There is no object store for what needs one, or ``autoscale=False``.
+            FlameError: The expression names no time, or there is no such time zone.
+            NoOrchestrator: No orchestrator runs here.
+            TypeError: A value of a wrong type.
+            ValueError: A name or a policy that cannot be.
+
+        >>> service.schedule("0 3 * * *", "accounts.csv", timezone="Europe/Berlin", name="nightly")
+        <flame.Schedule nightly>
+        """
+        from flame.schedule import Timetable, put_schedule
+
+        if self._closed:
+            raise self._is_closed()
+        times = Timetable.checked(name, cron, timezone, catch_up, overlap)
+        return put_schedule(self._caller, args, kwargs, times)
 
     def map(
         self, iterable: Iterable[Any], *more: Iterable[Any], chunk: int | None = None

@@ -58,6 +58,8 @@ COMMANDS: Final = {
     "result": Command("flame_cli.history:result", "Print or save what a call returned."),
     "wait": Command("flame_cli.history:wait", "Wait until calls have ended."),
     "cancel": Command("flame_cli.history:cancel", "Cancel calls that wait or run."),
+    "retry": Command("flame_cli.retry:retry", "Run ended calls again, as new ones."),
+    "schedule": Command("flame_cli.schedule:app", "List, pause, resume, run, remove schedules."),
     "workers": Command("flame_cli.workers:app", "List, show and drain workers."),
     "queues": Command("flame_cli.queues:queues", "Show how much waits in the queues."),
     "dead": Command("flame_cli.dead:app", "Look at messages that were set aside; replay, drop."),

@@ -25,6 +25,7 @@ PUBLIC = {
     "Runner",
     "RunnerService",
     "SafeExecutionContext",
+    "Schedule",
     "__version__",
     "attach",
     "connect",
@@ -55,6 +56,8 @@ PROGRAM = """
             assert_type(future.get(timeout=1), float)
             assert_type(future.ref(), flame.ObjectRef)
             assert_type(runner.get(future), float)
+            nightly = service.schedule("0 3 * * *", 1, height=2, name="nightly", overlap=False)
+            assert_type(nightly, flame.Schedule)
             plain: Future[float] = future
             as_completed([plain])
         with flame.Executor(2, client=client, priority="high") as executor:
