@@ -15,7 +15,7 @@ __all__ = ["RabbitAddress"]
 _PORTS: Final = {"amqp": 5672, "amqps": 5671}
 _OPTIONS: Final = ("ca", "cert", "heartbeat", "key", "server_name")
 _HOST: Final = re.compile(r"^(?:\[(?P<v6>[^\]]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>\d{1,5}))?$")
-_HEARTBEAT_S: Final = 10
+_HEARTBEAT_S: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
