@@ -1,0 +1,90 @@
+"""``python -m chaos``, which ``make chaos`` runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from chaos.plan import FaultKind, make_plan
+from chaos.program import Program
+from chaos.report import report
+from lab.rabbit import RabbitNode
+
+_GAP_S = 6.0
+
+_EPILOG = f"""\
+faults: {", ".join(FaultKind)}
+
+examples:
+  make chaos                                          10,000 calls in 20 minutes, and what they take to end
+  make chaos ARGS="--seed 7 --calls 2000 --minutes 4 --longest 20"
+  make chaos ARGS="--faults kill-worker cut-client --seed 7"
+
+The same seed gives the same calls and faults at the same times; what processes make of them differs
+a little from run to run. Ends with 1 if a rule does not hold, and says the seed.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; the return value is the exit code."""
+    given = _parser().parse_args(argv)
+    duration_s = 60 * given.minutes
+    plan = make_plan(
+        given.seed,
+        calls=given.calls,
+        duration_s=duration_s,
+        longest_s=given.longest,
+        faults=round(duration_s / given.gap) if given.faults else 0,
+        kinds=[FaultKind(kind) for kind in given.faults],
+    )
+    with tempfile.TemporaryDirectory(prefix="flame-chaos-") as folder, RabbitNode() as node:
+        os.environ["FLAME_HOME"] = str(Path(folder, "client"))
+        print(f"seed {plan.seed}: {len(plan.calls)} calls, {len(plan.faults)} faults", flush=True)
+        program = Program(plan, Path(folder), say=lambda line: print(line, flush=True))
+        outcome = program.run(node)
+    print(f"\n{report(outcome)}", flush=True)
+    if outcome.verdict.breaches:
+        print(f"\nseed {plan.seed} fails; repeat it with --seed {plan.seed} and the same options")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m chaos",
+        description="Make calls while a schedule kills, stops and cuts everything, and judge what\n"
+        "comes of them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the plan (%(default)s)")
+    parser.add_argument("--calls", type=int, default=10_000, help="how many (%(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=20.0,
+        help="how long calls are made and things broken (%(default)g); the last calls then take "
+        "their time, mostly less than ten minutes",
+    )
+    parser.add_argument(
+        "--longest", type=float, default=90.0, help="seconds of the longest call (%(default)g)"
+    )
+    parser.add_argument(
+        "--gap", type=float, default=_GAP_S, help="seconds between two faults (%(default)g)"
+    )
+    parser.add_argument(
+        "--faults",
+        nargs="*",
+        default=[*FaultKind],
+        choices=[*FaultKind],
+        metavar="FAULT",
+        help="which; none for a calm run (all of them)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
