@@ -63,6 +63,12 @@ class _Connection(AsyncioConnection):  # type: ignore[misc]  # pika is untyped
         aborted = isinstance(conn_or_exc, type)
         super()._on_connection_workflow_done(conn_or_exc() if aborted else conn_or_exc)
 
+    def close(self, reply_code: int = 200, reply_text: str = "Normal shutdown") -> None:
+        # Pika does not see that a connection is reset between its making and the turn of the loop
+        # after that. When the time for the handshake is over, it closes what is closed already.
+        if not self.is_closed:
+            super().close(reply_code, reply_text)
+
 
 class Connection:
     """An open connection. Pika's own object is ``raw``.
