@@ -19,7 +19,7 @@ _EPILOG = f"""\
 faults: {", ".join(FaultKind)}
 
 examples:
-  make chaos                                          10,000 calls in 20 minutes, and what they take to end
+  make chaos
   make chaos ARGS="--seed 7 --calls 2000 --minutes 4 --longest 20"
   make chaos ARGS="--faults kill-worker cut-client --seed 7"
 

@@ -13,9 +13,9 @@ from typing import Any
 import flame
 from chaos.plan import ATTEMPTS, PlannedCall
 from chaos.targets import Value, body, work
-from flame.errors import WorkerLost
+from flame.errors import FlameError, WorkerLost
 
-__all__ = ["CANCELLED", "Caller", "Seen", "VALUE"]
+__all__ = ["CANCELLED", "VALUE", "Caller", "Seen"]
 
 VALUE = "value"
 CANCELLED = "cancelled"
@@ -89,9 +89,7 @@ class Caller:
         elif call.delay_s:
             service = self._plain.options(not_before=call.delay_s)
         self._made[call.number] = time.time()
-        future = service(
-            self._folder, call.number, call.seconds, call.size_bytes, call.failures
-        )
+        future = service(self._folder, call.number, call.seconds, call.size_bytes, call.failures)
         self._futures[call.number] = future
         future.add_done_callback(lambda _: self._ended(call.number))
 
@@ -128,7 +126,7 @@ def _end(call: PlannedCall, future: flame.ObjectFuture[Value]) -> dict[str, Any]
         last = f"attempt {max(1, call.attempts)} of call {call.number} is one that fails"
         right = str(error) == last
         return {"end": type(error).__name__, "right": right, "detail": str(error)}
-    except flame.FlameError as error:
+    except FlameError as error:
         return {"end": type(error).__name__, "detail": str(error)}
     right = tuple(value) == (call.number, value.run, body(call.number, call.size_bytes))
     return {"end": VALUE, "run": value.run, "right": right}

@@ -17,6 +17,7 @@ __all__ = ["BROKER", "Disturbance", "FaultMaker"]
 
 BROKER = "broker"
 _SLOW_S = 0.2
+_AT_WORK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,7 @@ class FaultMaker:
                     node.fill_disk()
                     self._over.wait(fault.hold_s)
                     node.free_disk()
+                    return  # nobody was parted from it
             for party in stage.parties:
                 with party.lock:
                     self._recover(party)
@@ -149,6 +151,7 @@ class FaultMaker:
     def _kill_child(self, fault: PlannedFault) -> None:
         seat = self._stage.workers[fault.victim % len(self._stage.workers)]
         with seat.lock:
+            _await(lambda: bool(self._stage.traces.at_work(seat.pid)), self._over, _AT_WORK_S)
             if at_work := self._stage.traces.at_work(seat.pid):
                 pid = at_work[fault.victim % len(at_work)]
                 with self._recorded(fault, seat.name, pid):

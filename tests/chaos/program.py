@@ -82,7 +82,9 @@ class Program:
             self._await_ends(caller)
             historian = Historian(client)
             left = self._await_quiet(historian, stage)
-            records = tuple(self._record(call, caller, stage, historian) for call in self._plan.calls)
+            records = tuple(
+                self._record(call, caller, stage, historian) for call in self._plan.calls
+            )
             trouble = Trouble(faults.done, stage.losses)
             verdict = judge(records, trouble)
             verdict.breaches += _disorder(stage, faults, left)

@@ -100,4 +100,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     first, *others = [*zip(cells, widths, strict=True)]
-    return f"{first[0]:<{first[1]}}" + "".join(f"  {cell:>{width}}" for cell, width in others)
+    line = f"{first[0]:<{first[1]}}" + "".join(f"  {cell:>{width}}" for cell, width in others)
+    return line.rstrip()

@@ -62,7 +62,7 @@ def work(folder: str, number: int, seconds: float, size_bytes: int, failures: in
         busy.unlink(missing_ok=True)
     if attempt <= failures:
         raise ConnectionResetError(f"attempt {attempt} of call {number} is one that fails")
-    return Value(number, run.split()[-1], body(number, size_bytes))
+    return Value(number, run.rsplit(maxsplit=1)[-1], body(number, size_bytes))
 
 
 def _note(folder: str, number: int, words: str) -> None:

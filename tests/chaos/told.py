@@ -58,7 +58,7 @@ class Historian:
         return Told(state, error, run)
 
     def queued(self) -> dict[str, int]:
-        """How many messages wait, by the kind of their queue; kinds of which none waits left out."""
+        """How many messages wait, by the kind of their queue."""
         waiting: Counter[str] = Counter()
         for depth in self._ask(self._client.queues):
             waiting[depth.kind] += depth.messages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
@@ -167,21 +167,17 @@ def _right(record: Record, trouble: Trouble) -> Iterator[str]:
 def _may_end_so(record: Record, trouble: Trouble) -> bool:
     call, seen = record.call, record.seen
     life = seen.made, seen.resolved
-    match seen.end:
-        case "value":
-            return call.failures < max(1, call.attempts)
-        case "ConnectionResetError":
-            return call.failures >= max(1, call.attempts)
-        case "cancelled":
-            return seen.cancelled > 0
-        case "WorkerLost":
-            # One that was about to start leaves no trace.
-            return trouble.killed(record.runs) or trouble.killed_between(*life)
-        case "Quarantined":
-            return trouble.count(*life, "worker") >= _STRIKES
-        case "BrokerUnavailable":
-            return trouble.count(*life, CLIENT) > 0 or trouble.blocked(*life)
-    return False
+    succeeds = call.failures < max(1, call.attempts)
+    causes: dict[str, Callable[[], bool]] = {
+        VALUE: lambda: succeeds,
+        _OWN_ERROR: lambda: not succeeds,
+        CANCELLED: lambda: seen.cancelled > 0,
+        # One that was about to start leaves no trace.
+        "WorkerLost": lambda: trouble.killed(record.runs) or trouble.killed_between(*life),
+        "Quarantined": lambda: trouble.count(*life, "worker") >= _STRIKES,
+        "BrokerUnavailable": lambda: trouble.count(*life, CLIENT) > 0 or trouble.blocked(*life),
+    }
+    return seen.end in causes and causes[seen.end]()
 
 
 def _told(record: Record, trouble: Trouble) -> Iterator[str]:
