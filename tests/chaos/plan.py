@@ -26,7 +26,8 @@ ORCHESTRATORS = 2
 NEVER_GOOD = 1_000_000
 ATTEMPTS = 6
 
-_FIRST_FAULT_S = 2.0
+_FIRST_FAULT_S = 1.0
+_LONGEST_DELAY_S = 6.0
 _LARGE_BYTES = (100_000, 1_000_000)
 
 
@@ -162,6 +163,7 @@ def make_plan(
     longest_s: float,
     faults: int,
     kinds: Sequence[FaultKind] = tuple(FaultKind),
+    pause_s: float = 8.0,
 ) -> Plan:
     """Make the plan of a seed.
 
@@ -172,11 +174,12 @@ def make_plan(
         longest_s: How long the longest call runs.
         faults: How many; each kind comes once before one comes again.
         kinds: Which.
+        pause_s: How long a pause or a stall lasts at least; half as long again at most.
     """
     return Plan(
         seed,
         tuple(_calls(Random(f"calls {seed}"), calls, duration_s, longest_s)),
-        tuple(_faults(Random(f"faults {seed}"), faults, duration_s, kinds)),
+        tuple(_faults(Random(f"faults {seed}"), faults, duration_s, kinds, pause_s)),
     )
 
 
@@ -203,9 +206,11 @@ def _call(dice: Random, number: int, at_s: float, kind: CallKind, longest_s: flo
             short = min(seconds, 1.0)
             return PlannedCall(number, at_s, kind, short, failures=failures, attempts=ATTEMPTS)
         case CallKind.DELAYED:
-            return PlannedCall(number, at_s, kind, seconds, delay_s=dice.uniform(0.2, 10))
+            return PlannedCall(
+                number, at_s, kind, seconds, delay_s=dice.uniform(0.2, _LONGEST_DELAY_S)
+            )
         case CallKind.CANCELLED:
-            wanted = dice.uniform(0, 2 * seconds + 0.1)
+            wanted = dice.uniform(0, 1.2 * seconds + 0.1)
             return PlannedCall(number, at_s, kind, seconds, cancel_after_s=wanted)
     return PlannedCall(number, at_s, kind, seconds)
 
@@ -218,7 +223,7 @@ def _length(dice: Random, longest_s: float) -> float:
 
 
 def _faults(
-    dice: Random, count: int, duration_s: float, kinds: Sequence[FaultKind]
+    dice: Random, count: int, duration_s: float, kinds: Sequence[FaultKind], pause_s: float
 ) -> list[PlannedFault]:
     if not kinds:
         return []
@@ -231,13 +236,13 @@ def _faults(
             _FIRST_FAULT_S + room_s * (number + dice.random()),
             kind,
             dice.randrange(60),
-            _hold(dice, kind),
+            _hold(dice, kind, pause_s),
         )
         for number, kind in enumerate(islice((*first, *more), count))
     ]
 
 
-def _hold(dice: Random, kind: FaultKind) -> float:
+def _hold(dice: Random, kind: FaultKind, pause_s: float) -> float:
     if kind in (FaultKind.SLOW_CLIENT, FaultKind.SLOW_WORKER, FaultKind.FILL_DISK):
         return dice.uniform(2, 5)
-    return dice.uniform(8, 11)  # past the heartbeat
+    return dice.uniform(pause_s, 1.5 * pause_s)

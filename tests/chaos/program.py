@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import flame
@@ -18,12 +20,12 @@ from lab.rabbit import RabbitNode
 
 __all__ = ["Outcome", "Program"]
 
-SLOTS = 8
-
+_SLOTS = 8
 _SAY_EVERY_S = 10.0
 _STUCK_S = 240.0
 """Nothing has ended for so long: what is left never will."""
 
+_ASKING = 8  # an answer may take a second, where the history knows nothing of a call
 _SAMPLE = 10  # of so many values one is compared with what the history has stored
 
 
@@ -53,6 +55,7 @@ class Program:
         plan: What is called and broken.
         folder: For everything that the run leaves.
         say: Told how it goes, a line at a time.
+        slots: Of each worker.
         stuck_s: How long nothing may end before the rest is given up.
     """
 
@@ -62,18 +65,20 @@ class Program:
         folder: Path,
         *,
         say: Callable[[str], None] = print,
+        slots: int = _SLOTS,
         stuck_s: float = _STUCK_S,
     ) -> None:
         self._plan = plan
         self._folder = folder
         self._told_to = say
+        self._slots = slots
         self._stuck_s = stuck_s
         self._began = time.monotonic()
         self._said = 0.0
 
     def run(self, node: RabbitNode) -> Outcome:
         """Do it all with this broker, which is running and nobody else's."""
-        stage = Stage(node, self._folder, slots=SLOTS)
+        stage = Stage(node, self._folder, slots=self._slots)
         with stage.opened() as client, flame.Runner("chaos", client=client, echo=False) as runner:
             self._began = time.monotonic()
             caller, faults = Caller(runner, stage.traces.folder), FaultMaker(stage, self._say)
@@ -82,9 +87,9 @@ class Program:
             self._await_ends(caller)
             historian = Historian(client)
             left = self._await_quiet(historian, stage)
-            records = tuple(
-                self._record(call, caller, stage, historian) for call in self._plan.calls
-            )
+            with ThreadPoolExecutor(_ASKING) as asking:
+                told = partial(_record, caller=caller, stage=stage, historian=historian)
+                records = tuple(asking.map(told, self._plan.calls))
             trouble = Trouble(faults.done, stage.losses)
             verdict = judge(records, trouble)
             verdict.breaches += _disorder(stage, faults, left)
@@ -142,14 +147,6 @@ class Program:
         waiting.pop("dead", None)  # calls that were quarantined are judged one by one
         return ", ".join(f"{count} messages in {kind}" for kind, count in waiting.items())
 
-    def _record(
-        self, call: PlannedCall, caller: Caller, stage: Stage, historian: Historian
-    ) -> Record:
-        runs = stage.traces.runs(call.number)
-        seen = caller.seen(call)
-        with_value = len(runs) > 1 or call.number % _SAMPLE == 0
-        return Record(call, seen, runs, historian.tell(seen, with_value=with_value))
-
     def _progress(self, caller: Caller) -> None:
         if self._elapsed() - self._said > _SAY_EVERY_S:
             self._said = self._elapsed()
@@ -168,3 +165,10 @@ def _disorder(stage: Stage, faults: FaultMaker, left: str) -> list[Breach]:
     for seat in stage.seats:
         found += [*seat.surprises, *(f"a traceback in {log}" for log in seat.tracebacks())]
     return [Breach(Rule.ORDERLY, None, text) for text in found]
+
+
+def _record(call: PlannedCall, caller: Caller, stage: Stage, historian: Historian) -> Record:
+    runs = stage.traces.runs(call.number)
+    seen = caller.seen(call)
+    with_value = len(runs) > 1 or call.number % _SAMPLE == 0
+    return Record(call, seen, runs, historian.tell(seen, with_value=with_value))
