@@ -11,8 +11,6 @@ from random import Random
 __all__ = [
     "ATTEMPTS",
     "NEVER_GOOD",
-    "ORCHESTRATORS",
-    "WORKERS",
     "CallKind",
     "FaultKind",
     "Plan",
@@ -21,8 +19,6 @@ __all__ = [
     "make_plan",
 ]
 
-WORKERS = 3
-ORCHESTRATORS = 2
 NEVER_GOOD = 1_000_000
 ATTEMPTS = 6
 

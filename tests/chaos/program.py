@@ -79,19 +79,19 @@ class Program:
     def run(self, node: RabbitNode) -> Outcome:
         """Do it all with this broker, which is running and nobody else's."""
         stage = Stage(node, self._folder, slots=self._slots)
+        faults = FaultMaker(stage, self._say)
         with stage.opened() as client, flame.Runner("chaos", client=client, echo=False) as runner:
             self._began = time.monotonic()
-            caller, faults = Caller(runner, stage.traces.folder), FaultMaker(stage, self._say)
-            self._play(caller, faults)
-            faults.finish()
-            self._await_ends(caller)
-            historian = Historian(client)
+            caller, historian = Caller(runner, stage.traces.folder), Historian(client)
+            try:
+                self._play(caller, faults)
+                faults.finish()
+                self._await_ends(caller)
+            finally:
+                faults.give_up()
             left = self._await_quiet(historian, stage)
-            with ThreadPoolExecutor(_ASKING) as asking:
-                told = partial(_record, caller=caller, stage=stage, historian=historian)
-                records = tuple(asking.map(told, self._plan.calls))
-            trouble = Trouble(faults.done, stage.losses)
-            verdict = judge(records, trouble)
+            records = self._records(caller, stage, historian)
+            verdict = judge(records, Trouble(faults.done, stage.losses))
             verdict.breaches += _disorder(stage, faults, left)
         if not verdict.breaches:
             stage.forget_logs()
@@ -129,6 +129,11 @@ class Program:
             time.sleep(0.1)
             self._progress(caller)
         self._say(f"{caller.done} of {caller.made} calls have ended")
+
+    def _records(self, caller: Caller, stage: Stage, historian: Historian) -> tuple[Record, ...]:
+        record = partial(_record, caller=caller, stage=stage, historian=historian)
+        with ThreadPoolExecutor(_ASKING) as asking:
+            return tuple(asking.map(record, self._plan.calls))
 
     def _await_quiet(self, historian: Historian, stage: Stage) -> str:
         """Wait until nothing is queued or in hand; what still is, when that takes too long."""

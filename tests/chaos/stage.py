@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, RLock
 from typing import Any
 
 import flame
-from chaos.plan import ORCHESTRATORS, WORKERS
 from chaos.targets import SEAT
 from chaos.traces import Traces
 from lab.cluster import LabCluster, LabWorker
@@ -23,6 +22,9 @@ from lab.wait import wait_until
 __all__ = ["CLIENT", "Party", "Seat", "Stage"]
 
 CLIENT = "client"
+
+_WORKERS = 3
+_ORCHESTRATORS = 2
 
 # A silent peer is given up soon, so that a pause of some seconds is longer than that.
 _HEARTBEAT = "?heartbeat=2"
@@ -57,13 +59,26 @@ class Party:
 
 
 class Seat(Party):
-    """A place for a worker or an orchestrator, which is started again when it ends."""
+    """A place for a worker or an orchestrator, which is started again when it ends.
 
-    def __init__(self, name: str, node: RabbitNode, cluster: LabCluster, *options: str) -> None:
+    Args:
+        name: In records and in the report.
+        node: The broker.
+        make: Starts a process with options and environment variables.
+        options: Its options.
+
+    Attributes:
+        process: Who sits there now.
+        logs: What all who sat there have written.
+        surprises: What nobody did to them.
+    """
+
+    def __init__(
+        self, name: str, node: RabbitNode, make: Callable[..., Process], *options: str
+    ) -> None:
         super().__init__(name, node)
-        self._cluster = cluster
+        self._make = make
         self._options = options
-        self._is_worker = name.startswith("worker")
         self.process: Process | None = None
         self.logs: list[Path] = []
         self.surprises: list[str] = []
@@ -93,10 +108,7 @@ class Seat(Party):
     def start(self) -> None:
         """Start it; it may leave again at once, while there is no broker."""
         environ = {"FLAME_BROKER_URL": self.url, SEAT: self.name}
-        if self._is_worker:
-            self.process = self._cluster.start_worker(*self._options, **environ)
-        else:
-            self.process = self._cluster.start_orchestrator(*self._options, **environ)
+        self.process = self._make(*self._options, **environ)
         self.logs.append(self.process.log)
 
     def kill(self) -> None:
@@ -145,11 +157,12 @@ class Stage:
         self.client = Party(CLIENT, node)
         self.broker_lock = RLock()
         self.workers = [
-            Seat(f"worker-{number}", node, self.cluster, "--slots", str(slots))
-            for number in range(WORKERS)
+            Seat(f"worker-{number}", node, self.cluster.start_worker, "--slots", str(slots))
+            for number in range(_WORKERS)
         ]
         self.orchestrators = [
-            Seat(f"orchestrator-{number}", node, self.cluster) for number in range(ORCHESTRATORS)
+            Seat(f"orchestrator-{number}", node, self.cluster.start_orchestrator)
+            for number in range(_ORCHESTRATORS)
         ]
 
     @property
