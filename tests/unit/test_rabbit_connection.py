@@ -18,24 +18,43 @@ from lab.wait import eventually
 
 
 @pytest.fixture
-def resetting_port() -> Iterator[int]:
-    """Port of a server that resets whoever connects, as a proxy without its broker does."""
-    server = socket.create_server(("127.0.0.1", 0))
+def server() -> Iterator[FakeServer]:
+    made = FakeServer()
+    yield made
+    made.close()
 
-    def serve() -> None:
+
+class FakeServer:
+    """Says something to whoever connects and hangs up, or resets the connection."""
+
+    def __init__(self) -> None:
+        self.says = b""
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    @property
+    def parameters(self) -> Any:
+        port = self._socket.getsockname()[1]
+        address = RabbitAddress.parse(f"amqp://guest:guest@127.0.0.1:{port}/")
+        (parameters,) = connection.parameters_for(address, "test")
+        return parameters
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _serve(self) -> None:
         while True:
             try:
-                client, _ = server.accept()
+                client, _ = self._socket.accept()
             except OSError:
                 return
             client.recv(8)  # pika has introduced itself
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if self.says:
+                client.sendall(self.says)
+            else:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
-
-    threading.Thread(target=serve, daemon=True).start()
-    yield server.getsockname()[1]
-    server.shutdown(socket.SHUT_RDWR)
-    server.close()
 
 
 def _is_past(timer: asyncio.TimerHandle) -> bool:
@@ -43,7 +62,7 @@ def _is_past(timer: asyncio.TimerHandle) -> bool:
 
 
 async def test_a_connection_that_is_reset_before_pika_listens_leaves_no_traceback(
-    resetting_port: int, monkeypatch: pytest.MonkeyPatch
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = asyncio.get_running_loop()
     complaints: list[dict[str, Any]] = []
@@ -63,9 +82,22 @@ async def test_a_connection_that_is_reset_before_pika_listens_leaves_no_tracebac
     monkeypatch.setattr(StreamServices, "_pair", paired_late)
     monkeypatch.setattr(StreamServices, "call_later", noted)
     monkeypatch.setattr(connection, "_HANDSHAKE_TIMEOUT_S", 0.5)
-    address = RabbitAddress.parse(f"amqp://guest:guest@127.0.0.1:{resetting_port}/")
-    (parameters,) = connection.parameters_for(address, "test")
     with pytest.raises(connection.ConnectFailed):
-        await connection.Connection.open(parameters)
+        await connection.Connection.open(server.parameters)
     await eventually(lambda: all(_is_past(timer) for timer in timers))
     assert complaints == []
+
+
+async def test_who_hangs_up_without_a_word_may_be_a_proxy_whose_broker_starts(
+    server: FakeServer,
+) -> None:
+    with pytest.raises(connection.ConnectFailed, match="hung up") as caught:
+        await connection.Connection.open(server.parameters)
+    assert not caught.value.final
+
+
+async def test_who_answers_something_else_is_no_broker(server: FakeServer) -> None:
+    server.says = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+    with pytest.raises(connection.ConnectFailed, match="not an AMQP 0-9-1 server") as caught:
+        await connection.Connection.open(server.parameters)
+    assert caught.value.final
