@@ -282,8 +282,9 @@ def _in_time(record: Record, trouble: Trouble) -> Iterator[str]:
 def _stopped(record: Record, trouble: Trouble) -> Iterator[str]:
     since = record.seen.cancelled
     for run in record.runs if since else ():
-        away = trouble.count(since - _AFTERMATH_S, run.began, CLIENT, "orchestrator")
-        if run.began > since + _STOPS_IN_S and not away:
+        # Nobody could say it, hear of it or remember it.
+        away = trouble.count(since - _AFTERMATH_S, run.began, CLIENT, run.seat, "orchestrator")
+        if run.began > since + _STOPS_IN_S and not (away or trouble.blocked(since, run.began)):
             yield f"{record.seen.id} started {run.began - since:.1f} s after it was cancelled"
 
 

@@ -177,4 +177,6 @@ def test_a_call_that_starts_before_its_time_or_long_after_its_cancel_is_reported
     assert broken(replace(DELAYED, runs=(run(began=100.5),))) == [Rule.TIME]
     late = replace(CANCELLED, runs=(run(began=120.0),))
     assert broken(late) == [Rule.STOPPED]
+    assert broken(late, after(FaultKind.CUT_WORKER, "worker-2", 110.0)) == [Rule.STOPPED]
     assert broken(late, after(FaultKind.KILL_ORCHESTRATOR, "orchestrator-0", 101.0)) == []
+    assert broken(late, after(FaultKind.FILL_DISK, "broker", 99.0, 119.0)) == []
