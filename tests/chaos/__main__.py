@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from textwrap import fill
 
 from chaos.plan import FaultKind, make_plan
 from chaos.program import Program
@@ -16,7 +17,7 @@ from lab.rabbit import RabbitNode
 _GAP_S = 6.0
 
 _EPILOG = f"""\
-faults: {", ".join(FaultKind)}
+{fill("faults: " + ", ".join(FaultKind), 90, break_on_hyphens=False)}
 
 examples:
   make chaos
@@ -47,9 +48,17 @@ def main(argv: list[str] | None = None) -> int:
         outcome = program.run(node)
     print(f"\n{report(outcome)}", flush=True)
     if outcome.verdict.breaches:
-        print(f"\nseed {plan.seed} fails; repeat it with --seed {plan.seed} and the same options")
+        print(f"\nseed {plan.seed} fails; to repeat it: {_again(given)}", flush=True)
         return 1
     return 0
+
+
+def _again(given: argparse.Namespace) -> str:
+    options = [f"--seed {given.seed} --calls {given.calls} --minutes {given.minutes:g}"]
+    options += [f"--longest {given.longest:g} --gap {given.gap:g}"]
+    if given.faults != [*FaultKind]:
+        options += ["--faults", *given.faults]
+    return f'make chaos ARGS="{" ".join(options)}"'
 
 
 def _parser() -> argparse.ArgumentParser:
