@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -41,15 +42,17 @@ def main(argv: list[str] | None = None) -> int:
         faults=round(duration_s / given.gap) if given.faults else 0,
         kinds=[FaultKind(kind) for kind in given.faults],
     )
-    with tempfile.TemporaryDirectory(prefix="flame-chaos-") as folder, RabbitNode() as node:
-        os.environ["FLAME_HOME"] = str(Path(folder, "client"))
-        print(f"seed {plan.seed}: {len(plan.calls)} calls, {len(plan.faults)} faults", flush=True)
-        program = Program(plan, Path(folder), say=lambda line: print(line, flush=True))
-        outcome = program.run(node)
+    folder = Path(tempfile.mkdtemp(prefix="flame-chaos-"))
+    os.environ["FLAME_HOME"] = str(folder / "client")
+    print(f"seed {plan.seed}: {len(plan.calls)} calls, {len(plan.faults)} faults", flush=True)
+    with RabbitNode() as node:
+        outcome = Program(plan, folder, say=lambda line: print(line, flush=True)).run(node)
     print(f"\n{report(outcome)}", flush=True)
     if outcome.verdict.breaches:
         print(f"\nseed {plan.seed} fails; to repeat it: {_again(given)}", flush=True)
+        print(f"its traces and its history are in {folder}", flush=True)
         return 1
+    shutil.rmtree(folder)
     return 0
 
 

@@ -237,11 +237,16 @@ def _once(record: Record, trouble: Trouble) -> Iterator[str]:
     for since, runs in _by_attempt(record):
         if len(runs) == 1:
             continue
-        where = ", ".join(f"{run.seat} {run.pid} at {run.began:.2f}" for run in runs)
+        where = ", ".join(map(_place, record.runs))
         if not _excuse(record, since, runs, trouble):
             yield f"{record.seen.id} ran {len(runs)} times, and nobody was parted: {where}"
         elif len(runs) > 1 + trouble.count(since, runs[-1].began):
             yield f"{record.seen.id} ran {len(runs)} times, more often than was lost: {where}"
+
+
+def _place(run: Run) -> str:
+    end = "" if run.ended is None else f" to {run.ended:.2f}"
+    return f"attempt {run.attempt} on {run.seat} ({run.pid}) from {run.began:.2f}{end}"
 
 
 def _reasons_to_run_again(record: Record, trouble: Trouble) -> set[str]:
@@ -256,7 +261,7 @@ def _by_attempt(record: Record) -> Iterator[tuple[float, list[Run]]]:
     for _, group in groupby(ordered, key=lambda run: run.attempt):
         runs = list(group)
         yield since, runs
-        since = runs[-1].began
+        since = max(since, runs[0].began)  # a late run of it may begin after the next attempt
 
 
 def _excuse(record: Record, since: float, runs: Sequence[Run], trouble: Trouble) -> str:
