@@ -28,7 +28,7 @@ class Disturbance:
         kind: What was done.
         party: To whom.
         began: When, in seconds since 1970.
-        ended: When the party was well again.
+        ended: When that was over; getting well again is up to the party.
         pid: The child that was killed.
     """
 
@@ -105,48 +105,55 @@ class FaultMaker:
         return parties[who][number % len(parties[who])]
 
     def _trouble(self, act: str, party: Party, fault: PlannedFault) -> None:
-        with party.lock, self._recorded(fault, party.name):
-            match act:
-                case "kill":
-                    assert isinstance(party, Seat)
-                    party.kill()
-                case "pause":
-                    assert isinstance(party, Seat)
-                    os.kill(party.pid, signal.SIGSTOP)
-                    self._over.wait(fault.hold_s)
-                    os.kill(party.pid, signal.SIGCONT)
-                case "cut":
-                    party.proxy.cut()
-                case "stall":
-                    party.proxy.stall()
-                    self._over.wait(fault.hold_s)
-                    party.proxy.resume()
-                case "slow":
-                    party.proxy.delay_s = _SLOW_S
-                    self._over.wait(fault.hold_s)
-                    party.proxy.delay_s = 0.0
+        with party.lock:
+            with self._recorded(fault, party.name):
+                self._act(act, party, fault.hold_s)
             self._recover(party)
 
+    def _act(self, act: str, party: Party, hold_s: float) -> None:
+        match act:
+            case "kill":
+                assert isinstance(party, Seat)
+                party.kill()
+            case "pause":
+                assert isinstance(party, Seat)
+                os.kill(party.pid, signal.SIGSTOP)
+                self._over.wait(hold_s)
+                os.kill(party.pid, signal.SIGCONT)
+            case "cut":
+                party.proxy.cut()
+            case "stall":
+                party.proxy.stall()
+                self._over.wait(hold_s)
+                party.proxy.resume()
+            case "slow":
+                party.proxy.delay_s = _SLOW_S
+                self._over.wait(hold_s)
+                party.proxy.delay_s = 0.0
+
     def _trouble_broker(self, fault: PlannedFault) -> None:
-        stage, node = self._stage, self._stage.node
-        with stage.broker_lock, self._recorded(fault, BROKER):
-            match fault.kind:
-                case FaultKind.KILL_BROKER:
-                    node.settle()
-                    node.kill()
-                    node.start()
-                case FaultKind.PAUSE_BROKER:
-                    node.pause()
-                    self._over.wait(fault.hold_s)
-                    node.resume()
-                case _:
-                    node.fill_disk()
-                    self._over.wait(fault.hold_s)
-                    node.free_disk()
-                    return  # nobody was parted from it
-            for party in stage.parties:
+        with self._stage.broker_lock:
+            with self._recorded(fault, BROKER):
+                self._act_on_broker(fault)
+            for party in self._stage.parties:
                 with party.lock:
                     self._recover(party)
+
+    def _act_on_broker(self, fault: PlannedFault) -> None:
+        node = self._stage.node
+        match fault.kind:
+            case FaultKind.KILL_BROKER:
+                node.settle()
+                node.kill()
+                node.start()
+            case FaultKind.PAUSE_BROKER:
+                node.pause()
+                self._over.wait(fault.hold_s)
+                node.resume()
+            case _:
+                node.fill_disk()
+                self._over.wait(fault.hold_s)
+                node.free_disk()
 
     def _kill_child(self, fault: PlannedFault) -> None:
         seat = self._stage.workers[fault.victim % len(self._stage.workers)]
