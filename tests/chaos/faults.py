@@ -182,7 +182,7 @@ class FaultMaker:
             self.done.append(Disturbance(fault.kind, party, began, time.time(), pid))
 
 
-def _await(condition: Callable[[], bool], over: Event, timeout_s: float = 60.0) -> bool:
+def _await(condition: Callable[[], bool], over: Event, timeout_s: float = 120.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline:
         if over.wait(0.05):

@@ -24,7 +24,7 @@ _IN_HAND_S = 5.0
 _AFTERMATH_S = 1.0
 _STRIKES = 3
 _EARLY_S = 0.05  # clocks are read in two processes
-_STOPS_IN_S = 5.0
+_STOPS_IN_S = 10.0
 
 _OWN_ERROR = ConnectionResetError.__name__
 _LOST = WorkerLost.__name__
