@@ -56,6 +56,11 @@ soak: $(VENV)/.dev  ## Run the stories that take many minutes (LAB_PAUSE_S=20 sh
 	@tools/require rabbitmq-server=rabbitmq-server
 	@$(BIN)/python -m pytest tests/soak tests/acceptance -m soak $(ARGS)
 
+.PHONY: chaos
+chaos: $(VENV)/.dev  ## Kill, stop and cut everything under 10,000 calls, half an hour (ARGS=--help)
+	@tools/require rabbitmq-server=rabbitmq-server
+	@PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
+
 .PHONY: unit
 unit: $(VENV)/.dev  ## Run the tests that need no service
 	@$(BIN)/python -m pytest tests/unit $(ARGS)

@@ -176,6 +176,17 @@ class Custody:
             give_places(connection, self._key.hex_id, before)
             return lifted
 
+    def check(self, epoch: int) -> None:
+        """Prove that we lead, without writing anything.
+
+        Raises:
+            Fenced: Another one leads.
+        """
+        latest = select(leaders.c.epoch).where(leaders.c.key_id == self._key.hex_id)
+        with self._engine.connect() as connection:
+            if connection.scalar(latest) != epoch:
+                raise Fenced(f"epoch {epoch} is over")
+
     def next_due(self, after: float) -> float | None:
         """When the next call is due that is not due by then, in seconds since 1970."""
         with self._engine.connect() as connection:

@@ -29,7 +29,7 @@ from flame_orchestrator.schema import (
     schedules,
     tombstones,
 )
-from flame_orchestrator.spans import Span, overlapping
+from flame_orchestrator.spans import Span, near_runs, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
 
 __all__ = ["Facts", "History", "Outcome", "outcome_of"]
@@ -37,7 +37,6 @@ __all__ = ["Facts", "History", "Outcome", "outcome_of"]
 Facts = dict[str, Any]
 """A call as people see it: plain values by name."""
 
-_NEAR = 256
 _OF_CUSTODY = (
     kept.c.counter, kept.c.state, kept.c.attempt, kept.c.due_at, kept.c.reason,
     kept.c.worker, kept.c.started_at, kept.c.unmet, kept.c.limit_key, kept.c.limit_calls,
@@ -124,7 +123,7 @@ class History:
         """The results of these calls of a client, in the frames that brought them."""
         found: dict[int, ResultFrame] = {}
         with self._engine.connect() as connection:
-            for first, last in _runs(sorted(counters)):
+            for first, last in near_runs(sorted(counters)):
                 for row, frame in _result_frames(connection, client, first, last):
                     found[row.id] = frame
         return [found[row] for row in sorted(found)]
@@ -141,15 +140,6 @@ def outcome_of(connection: Connection, client: str, counter: int) -> Outcome | N
     every = (result for _, result in _results_of(connection, client, counter))
     items = {r.index: r for r in every if r.status is Status.ITEM}
     return Outcome([items[n] for n in sorted(items)], final)
-
-
-def _runs(ordered: list[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of numbers that are near one another."""
-    start = 0
-    for at in range(1, len(ordered) + 1):
-        if at == len(ordered) or ordered[at] - ordered[at - 1] > _NEAR:
-            yield ordered[start], ordered[at - 1]
-            start = at
 
 
 def _listed(
@@ -187,7 +177,7 @@ def _add_ends(connection: Connection, calls: list[Facts]) -> None:
             client, counter = parse_call_id(facts["id"])
             well[client][counter] = facts
     for client, by_counter in well.items():
-        for first, last in _runs(sorted(by_counter)):
+        for first, last in near_runs(sorted(by_counter)):
             for row, frame in _result_frames(connection, client, first, last):
                 for result in frame.results:
                     if result.counter in by_counter and result.status is Status.OK:

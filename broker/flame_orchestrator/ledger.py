@@ -20,7 +20,7 @@ from flame_broker.frames import identity, reread
 from flame_broker.logs import get_logger
 from flame_broker.messages import CallFrame, Result, ResultFrame, Status
 from flame_orchestrator.schema import batches, clients, failures, outcomes
-from flame_orchestrator.spans import Span, overlapping
+from flame_orchestrator.spans import Span, near_runs, overlapping
 from flame_orchestrator.states import Ending, ending_of
 
 __all__ = ["Arrival", "Ledger", "written_at"]
@@ -41,6 +41,10 @@ class _Ended:
 
     counters: set[int] = field(default_factory=set)
     failures: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def drop_late(self, known: set[int]) -> None:
+        """Forget failures of calls that had another outcome before: the first one counts."""
+        self.failures = {n: row for n, row in self.failures.items() if n not in known}
 
 
 class Ledger:
@@ -73,6 +77,8 @@ class Ledger:
         calls = [(a.frame, a.body) for a in arrivals if isinstance(a.frame, CallFrame)]
         results = [(a.frame, a.body) for a in arrivals if isinstance(a.frame, ResultFrame)]
         ended = _ended((frame for frame, _ in results), now)
+        for client, fresh in ended.items():
+            fresh.drop_late(_ended_among(connection, client, [*fresh.failures]))
         rows = {
             batches: [_batch_row(frame, body, now) for frame, body in calls],
             outcomes: [_outcome_row(frame, body, now) for frame, body in results],
@@ -189,19 +195,21 @@ def _ended(frames: Iterable[ResultFrame], now: float) -> dict[str, _Ended]:
             if ending is None:
                 continue
             fresh = found[frame.client]
+            if ending.error and result.counter not in fresh.counters:
+                fresh.failures[result.counter] = _failure_row(frame, result, ending, now)
             fresh.counters.add(result.counter)
-            if ending.error:
-                row = _failure_row(frame, result, ending, now)
-                fresh.failures.setdefault(result.counter, row)
     return found
 
 
 def _ended_among(connection: Connection, client: str, counters: list[int]) -> set[int]:
-    """Those of new calls whose outcome is known: it may have arrived before them."""
-    rows = connection.execute(
-        select(outcomes.c.body).where(overlapping(outcomes, client, min(counters), max(counters)))
-    )
-    frames = (reread(body) for (body,) in rows)
+    """Those of these calls whose outcome is known: it may have arrived before them."""
+    frames = [
+        reread(body)
+        for first, last in near_runs(sorted(counters))
+        for body in connection.scalars(
+            select(outcomes.c.body).where(overlapping(outcomes, client, first, last))
+        )
+    ]
     return {
         result.counter
         for frame in frames

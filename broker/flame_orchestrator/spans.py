@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import msgpack
@@ -11,7 +11,9 @@ from sqlalchemy import ColumnElement, Table, and_, select
 
 from flame_orchestrator.schema import clients
 
-__all__ = ["Span", "overlapping"]
+__all__ = ["Span", "near_runs", "overlapping"]
+
+_NEAR = 256
 
 
 def overlapping(table: Table, client: str, first: int, last: int) -> ColumnElement[bool]:
@@ -23,6 +25,15 @@ def overlapping(table: Table, client: str, first: int, last: int) -> ColumnEleme
         columns.first.between(first - widest, last),
         columns.last >= first,
     )
+
+
+def near_runs(ordered: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of numbers that are near one another."""
+    start = 0
+    for at in range(1, len(ordered) + 1):
+        if at == len(ordered) or ordered[at] - ordered[at - 1] > _NEAR:
+            yield ordered[start], ordered[at - 1]
+            start = at
 
 
 class Span:

@@ -159,6 +159,8 @@ class Timekeeper:
         limit = _MOST + len(self._taken)
         found = await self._in_thread(partial(self._custody.due, time() + _AHEAD_S, limit))
         fresh = [due for due in found if (due.id, due.attempt) not in self._taken]
+        if fresh:  # reading them proved nothing: we may have been stopped for minutes
+            await self._in_thread(partial(self._custody.check, epoch))
         if fresh and self._epoch() == epoch:
             self._taken |= {(due.id, due.attempt) for due in fresh}
             self._soon = sorted([*self._soon, *fresh], key=lambda due: due.due_at)

@@ -36,6 +36,7 @@ __all__ = ["Sender"]
 
 _FRAMES_A_TURN: Final = 16  # then replies get their turn
 
+_CANCEL_DEADLINE_S: Final = 86_400.0  # who cancels does not wait for it, and counts on it
 _LOOK_EVERY_S: Final = 0.25
 _MOST_KEPT: Final = 1_000_000  # the orchestrator writes them to its database
 _NO_ORCHESTRATOR: Final = (
@@ -160,7 +161,9 @@ class Sender:
         for place, key in ((exchange, ""), ("", custody)):
             body = encode(ControlFrame(place or custody, "cancel", arguments), self._key)
             # Where no orchestrator has ever run, there is no custody queue, and nothing is kept.
-            confirmed = self._transport.publish(key, body, exchange=place, mandatory=False)
+            confirmed = self._transport.publish(
+                key, body, exchange=place, mandatory=False, deadline_s=_CANCEL_DEADLINE_S
+            )
             self._in_flight.add(confirmed)
             confirmed.add_done_callback(self._control_sent)
 

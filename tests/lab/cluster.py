@@ -88,16 +88,21 @@ class LabCluster:
 
     def orchestrator(self, *options: str, **environ: str) -> Process:
         """Start an orchestrator and wait until it listens."""
-        started = Process(
-            [_BIN / "flame-orchestrator", "-v", *options], env={**self.environ, **environ}
-        )
-        self.orchestrators.append(started)
+        started = self.start_orchestrator(*options, **environ)
         wait_until(
             lambda: "orchestrator.ready" in started.output() or not started.running,
             30,
             started.output,
         )
         assert started.running, started.output()
+        return started
+
+    def start_orchestrator(self, *options: str, **environ: str) -> Process:
+        """Start an orchestrator."""
+        started = Process(
+            [_BIN / "flame-orchestrator", "-v", *options], env={**self.environ, **environ}
+        )
+        self.orchestrators.append(started)
         return started
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:

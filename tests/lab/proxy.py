@@ -7,6 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,7 @@ class TcpProxy:
     Attributes:
         port: Where clients connect, on 127.0.0.1; the same for the proxy's whole life.
         delay_s: Added to every chunk on its way, in seconds; set it at any time.
+        ended: When connections ended, in seconds since 1970, whoever ended them.
 
     Example:
         >>> with TcpProxy(node.port) as proxy:
@@ -45,6 +47,7 @@ class TcpProxy:
         self._flowing.set()
         self.delay_s = 0.0
         self.accepted = 0
+        self.ended: list[float] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lab-proxy")
         self._thread.daemon = True
@@ -131,11 +134,14 @@ class TcpProxy:
                 await self._flowing.wait()
                 sink.write(chunk)
                 await sink.drain()
+        if sink in self._writers:  # else it was cut, or its other half has ended
+            self.ended.append(time.time())
         for writer in (sink, other):
             self._writers.discard(writer)
             writer.close()
 
     def _abort_all(self) -> None:
+        self.ended += [time.time()] * self.connections
         for writer in self._writers:
             _reset(writer)
         self._writers.clear()

@@ -30,6 +30,7 @@ from lab.wait import wait_until
 __all__ = ["RabbitNode"]
 
 _START_TIMEOUT_S = 90.0
+_DISK_LIMIT = "50MB"
 # Schedulers of an idle Erlang node spin for work; on two cores that starves the code under test.
 _ERLANG_FLAGS = "+sbwt none +sbwtdcpu none +sbwtdio none"
 
@@ -177,6 +178,14 @@ class RabbitNode:
         """Take the memory alarm back."""
         self.ctl("set_vm_memory_high_watermark", "0.8")
 
+    def fill_disk(self) -> None:
+        """Raise the disk alarm, as a full disk would."""
+        self.ctl("set_disk_free_limit", "1000000GB")
+
+    def free_disk(self) -> None:
+        """Take the disk alarm back."""
+        self.ctl("set_disk_free_limit", _DISK_LIMIT)
+
     def vhost(self, name: str | None = None) -> str:
         """Make a fresh virtual host and return its URL."""
         name = name or f"test-{secrets.token_hex(6)}"
@@ -261,7 +270,7 @@ class RabbitNode:
             "listeners.tcp.1": f"127.0.0.1:{self.port}",
             "loopback_users.guest": "true",
             "vm_memory_high_watermark.relative": "0.8",
-            "disk_free_limit.absolute": "50MB",
+            "disk_free_limit.absolute": _DISK_LIMIT,
             "log.file.level": "info",
         }
         if self._management:

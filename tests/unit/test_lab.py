@@ -134,6 +134,19 @@ def test_stall_holds_bytes_back_until_resume(echo_port: int) -> None:
         assert client.recv(16) == b"ping"
 
 
+def test_the_proxy_notes_each_end_of_a_connection_once(echo_port: int) -> None:
+    with TcpProxy(echo_port) as proxy:
+        for leave in (proxy.cut, lambda: None):
+            known = len(proxy.ended)
+            with connect(proxy.port) as client:
+                client.sendall(b"ping")
+                client.recv(16)
+                leave()
+            wait_until(lambda: len(proxy.ended) > known)  # noqa: B023
+        wait_until(lambda: proxy.connections == 0)
+        assert len(proxy.ended) == 2
+
+
 def test_a_proxy_before_a_dead_server_resets() -> None:
     with TcpProxy(free_port()) as proxy:
         assert_reset(proxy.port)

@@ -167,6 +167,25 @@ def test_text_that_no_database_takes_is_written_all_the_same(tmp_path: Path) -> 
     assert call["reason"] == "a name ? with  in it"
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("first", [good(1), bad(1)])
+def test_a_second_run_changes_no_story_however_it_ends(
+    tmp_path: Path, first: Result, together: bool
+) -> None:
+    second = bad(1) if first == good(1) else good(1)
+    engine = database(tmp_path)
+    arrivals = [queued([1]), ended(first), ended(second, worker="other")]
+    for written in [arrivals] if together else [[arrival] for arrival in arrivals]:
+        Ledger(engine).record(written)
+    history = History(engine)
+    state = "succeeded" if first == good(1) else "failed"
+    story = history.story("c", 1)
+    assert story is not None
+    assert (story["state"], story["worker"]) == (state, "w")
+    assert [facts["state"] for facts in history.calls(limit=9)] == [state]
+    assert history.calls(state=CallState("failed"), limit=9) == [] or state == "failed"
+
+
 def test_the_outcome_of_a_stream_has_its_items_in_order(tmp_path: Path) -> None:
     engine = database(tmp_path)
     item = [Result(1, Status.ITEM, b"%d" % n, None, n) for n in range(3)]

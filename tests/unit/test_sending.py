@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 
 import flame
 from flame.values import Values
 from flame_broker.errors import FlameError
+from flame_broker.transport import DEFAULT_DEADLINE_S
 from lab.fake_worker import FakeWorker
+from lab.wait import wait_until
 
 
 def double(value: int) -> int:
@@ -50,3 +53,23 @@ def test_the_next_call_tries_again(
     pending = runner.client.session.courier.pending
     assert not pending.records
     assert pending.window.inside == 0
+
+
+def test_a_cancel_waits_for_a_broker_that_is_away_longer_than_a_call_does(
+    runner: flame.Runner, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience: list[float] = []
+    transport = runner.client.session.courier._transport
+    publish = transport.publish
+
+    def noted(*args: Any, deadline_s: float = DEFAULT_DEADLINE_S, **options: Any) -> Any:
+        patience.append(deadline_s)
+        return publish(*args, deadline_s=deadline_s, **options)
+
+    worker.hold()
+    future = runner.service(double)(1)
+    wait_until(lambda: future.published)
+    monkeypatch.setattr(transport, "publish", noted)
+    assert future.cancel()
+    wait_until(lambda: len(patience) == 2)
+    assert min(patience) >= 3600 > DEFAULT_DEADLINE_S

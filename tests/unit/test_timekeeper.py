@@ -51,14 +51,17 @@ class Clockwork:
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         return await asyncio.to_thread(work)
 
-    def deposit(self, *counters: int, due: float = 0.0, client: str = "c") -> None:
-        """Calls arrive."""
+    def deposit(
+        self, *counters: int, due: float = 0.0, client: str = "c", epoch: int | None = None
+    ) -> None:
+        """Calls arrive, at us or at the leader of a later epoch."""
         calls = tuple(Call(counter, b"") for counter in counters)
         frame = CallFrame(CALLS.name, "reply", client, CallSpec(Target("m:f")), calls)
         frame_and_terms = Deposit(CUSTODY, frame, (due,) * len(calls), ("",) * len(calls))
         letter = Letter(frame_and_terms, identity(encode(frame_and_terms, KEY)))
-        assert self.epoch is not None
-        self.custody.record(self.epoch, [letter])
+        leader = epoch or self.epoch
+        assert leader is not None
+        self.custody.record(leader, [letter])
         self.timekeeper.look()
 
     @property
@@ -156,3 +159,12 @@ async def test_whoever_is_fenced_says_so_and_starts_nothing_more(tmp_path: Path)
         works.deposit(1)
         works.custody.lead("another")
         await eventually(lambda: bool(works.fenced), 10)
+
+
+async def test_who_was_overtaken_without_hearing_of_it_starts_nothing_of_his_successor(
+    tmp_path: Path,
+) -> None:
+    async with clockwork(tmp_path) as works:
+        works.deposit(1, epoch=works.custody.lead("another"))
+        await eventually(lambda: bool(works.fenced), 10)
+        assert works.started == []

@@ -63,6 +63,12 @@ class _Connection(AsyncioConnection):  # type: ignore[misc]  # pika is untyped
         aborted = isinstance(conn_or_exc, type)
         super()._on_connection_workflow_done(conn_or_exc() if aborted else conn_or_exc)
 
+    def close(self, reply_code: int = 200, reply_text: str = "Normal shutdown") -> None:
+        # Pika does not see that a connection is reset between its making and the turn of the loop
+        # after that. When the time for the handshake is over, it closes what is closed already.
+        if not self.is_closed:
+            super().close(reply_code, reply_text)
+
 
 class Connection:
     """An open connection. Pika's own object is ``raw``.
@@ -121,7 +127,7 @@ class Connection:
 
     def _on_refused(self, _connection: object, reason: BaseException) -> None:
         if not self._opened.done():
-            failure = _explain(reason)
+            failure = _explain(reason, heard=self._services.heard)
             failure.__cause__ = reason
             self._opened.set_exception(failure)
             self._opened.exception()  # seen: nobody waits for it after a cancel
@@ -186,7 +192,7 @@ def _causes(reason: BaseException) -> Iterator[BaseException]:
             yield from _causes(cause)
 
 
-def _explain(reason: BaseException) -> ConnectFailed:
+def _explain(reason: BaseException, *, heard: bool) -> ConnectFailed:
     for cause in _causes(reason):
         text = str(cause)
         match cause:
@@ -195,8 +201,11 @@ def _explain(reason: BaseException) -> ConnectFailed:
             case exceptions.ProbableAccessDeniedError() if _VHOST_REFUSED in text:
                 answer = text.partition(_VHOST_REFUSED)[2].strip(" '\"")
                 return ConnectFailed(f"virtual host refused: {answer}", final=True)
-            case exceptions.IncompatibleProtocolError():
+            case exceptions.IncompatibleProtocolError() if heard:
                 return ConnectFailed("not an AMQP 0-9-1 server", final=True)
+            case exceptions.IncompatibleProtocolError():
+                # Pika's guess for whoever hangs up first: as a proxy does while the broker starts.
+                return ConnectFailed("it hung up before it had said anything")
     return ConnectFailed(_words(reason))
 
 

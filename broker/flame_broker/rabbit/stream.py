@@ -55,6 +55,7 @@ class _Stream(nbio_interface.AbstractStreamTransport, asyncio.Protocol):  # type
         self._loop = loop
         self._factory = protocol_factory
         self._pending: list[bytes] = []
+        self.heard = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -69,6 +70,7 @@ class _Stream(nbio_interface.AbstractStreamTransport, asyncio.Protocol):  # type
         return bool(self._protocol.eof_received())
 
     def data_received(self, data: bytes) -> None:
+        self.heard = True
         if len(data) <= _BITE_BYTES:
             self._protocol.data_received(data)
             return
@@ -103,6 +105,11 @@ class StreamServices(nbio_interface.AbstractIOServices):  # type: ignore[misc]  
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._stream: _Stream | None = None
+
+    @property
+    def heard(self) -> bool:
+        """Whether the other end has said anything at all."""
+        return self._stream is not None and self._stream.heard
 
     def hang_up(self) -> None:
         """Drop the connection without a goodbye."""
