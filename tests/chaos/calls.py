@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import flame
-from chaos.plan import ATTEMPTS, PlannedCall
+from chaos.plan import ATTEMPTS, CallKind, PlannedCall
 from chaos.targets import Value, body, work
 from flame.errors import FlameError, WorkerLost
 
@@ -65,6 +65,7 @@ class Caller:
             ATTEMPTS, backoff=_BACKOFF, factor=1.5, on=(ConnectionError, WorkerLost)
         )
         self._retried = runner.service(work, retry=policy)
+        self._once = runner.service(work, delivery="at_most_once")
         self._futures: dict[int, flame.ObjectFuture[Value]] = {}
         self._made: dict[int, float] = {}
         self._cancelled: dict[int, float] = {}
@@ -86,6 +87,8 @@ class Caller:
         service: Any = self._plain
         if call.attempts:
             service = self._retried
+        elif call.kind is CallKind.AT_MOST_ONCE:
+            service = self._once
         elif call.delay_s:
             service = self._plain.options(not_before=call.delay_s)
         self._made[call.number] = time.time()

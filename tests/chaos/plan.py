@@ -36,6 +36,7 @@ class CallKind(StrEnum):
     RETRIED = "retried"
     DELAYED = "delayed"
     CANCELLED = "cancelled"
+    AT_MOST_ONCE = "at most once"
 
 
 class FaultKind(StrEnum):
@@ -78,12 +79,13 @@ _WEIGHTS = {
 }
 
 _KINDS = (
-    (CallKind.PLAIN, 60),
+    (CallKind.PLAIN, 54),
     (CallKind.LARGE, 4),
     (CallKind.FAILING, 6),
     (CallKind.RETRIED, 12),
     (CallKind.DELAYED, 8),
     (CallKind.CANCELLED, 10),
+    (CallKind.AT_MOST_ONCE, 6),
 )
 
 
@@ -116,7 +118,7 @@ class PlannedCall:
     @property
     def kept(self) -> bool:
         """Whether the orchestrator keeps it."""
-        return bool(self.attempts or self.delay_s)
+        return bool(self.attempts or self.delay_s) or self.kind is CallKind.AT_MOST_ONCE
 
 
 @dataclass(frozen=True, slots=True)

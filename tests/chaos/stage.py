@@ -23,6 +23,7 @@ __all__ = ["CLIENT", "Party", "Seat", "Stage"]
 
 CLIENT = "client"
 
+_LEASE = ("--lease", "6")  # shorter than most pauses, so that leases are lost
 _WORKERS = 3
 _ORCHESTRATORS = 2
 
@@ -161,7 +162,7 @@ class Stage:
             for number in range(_WORKERS)
         ]
         self.orchestrators = [
-            Seat(f"orchestrator-{number}", node, self.cluster.start_orchestrator)
+            Seat(f"orchestrator-{number}", node, self.cluster.start_orchestrator, *_LEASE)
             for number in range(_ORCHESTRATORS)
         ]
 

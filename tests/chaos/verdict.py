@@ -10,7 +10,7 @@ from itertools import groupby
 
 from chaos.calls import CANCELLED, VALUE, Seen
 from chaos.faults import BROKER, Disturbance
-from chaos.plan import FaultKind, PlannedCall
+from chaos.plan import CallKind, FaultKind, PlannedCall
 from chaos.stage import CLIENT
 from chaos.told import SUCCEEDED, Told
 from chaos.traces import Run
@@ -37,7 +37,7 @@ class Rule(StrEnum):
     RIGHT = "with the right value or error"
     TOLD = "the history agrees"
     RAN = "what has an outcome has run"
-    ONCE = "once only, while its worker is connected"
+    ONCE = "once only, while its worker is connected, or at most once"
     TIME = "not before its time"
     STOPPED = "not after its cancel"
     ORDERLY = "processes live, queues empty, no traceback"
@@ -179,7 +179,11 @@ def _may_end_so(record: Record, trouble: Trouble) -> bool:
         _OWN_ERROR: lambda: not succeeds,
         CANCELLED: lambda: seen.cancelled > 0,
         # One that was about to start leaves no trace.
-        _LOST: lambda: trouble.killed(record.runs) or trouble.killed_between(*life),
+        _LOST: lambda: (
+            trouble.killed(record.runs)
+            or trouble.killed_between(*life)
+            or (call.kind is CallKind.AT_MOST_ONCE and trouble.count(*life, "worker") > 0)
+        ),
         "Quarantined": lambda: trouble.count(*life, "worker") >= _STRIKES,
         "BrokerUnavailable": lambda: trouble.count(*life, CLIENT) > 0 or trouble.blocked(*life),
     }
@@ -236,6 +240,10 @@ def _ran(record: Record, trouble: Trouble) -> Iterator[str]:
 def _once(record: Record, trouble: Trouble) -> Iterator[str]:
     for since, runs in _by_attempt(record):
         if len(runs) == 1:
+            continue
+        if record.call.kind is CallKind.AT_MOST_ONCE:
+            where = ", ".join(map(_place, record.runs))
+            yield f"{record.seen.id} was to run at most once, and ran {len(runs)} times: {where}"
             continue
         where = ", ".join(map(_place, record.runs))
         if not _excuse(record, since, runs, trouble):

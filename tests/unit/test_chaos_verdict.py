@@ -49,6 +49,7 @@ CANCELLED = Record(
     (),
     Told("cancelled"),
 )
+ONCE = replace(PLAIN, call=PlannedCall(5, 0.0, CallKind.AT_MOST_ONCE, 1.0))
 DOUBLED = replace(PLAIN, runs=(run(), run("b", 103.0, seat="worker-1")))
 
 
@@ -64,7 +65,7 @@ def after(kind: FaultKind, party: str, at: float, until: float = 0.0, pid: int =
     return Trouble([Disturbance(kind, party, at, until or at, pid)], {})
 
 
-@pytest.mark.parametrize("record", [PLAIN, FAILING, RETRIED, DELAYED, CANCELLED])
+@pytest.mark.parametrize("record", [PLAIN, FAILING, RETRIED, DELAYED, CANCELLED, ONCE])
 def test_calls_that_come_to_what_they_should_pass(record: Record) -> None:
     verdict = judge([record], CALM)
     assert verdict.breaches == []
@@ -162,6 +163,23 @@ def test_a_doubled_run_of_a_call_whose_holder_was_parted_passes(
     assert verdict.breaches == []
     assert verdict.calm == 0
     assert sum(verdict.again.values()) == 1
+
+
+def test_a_second_run_of_what_must_run_at_most_once_is_reported_whoever_was_parted() -> None:
+    twice = replace(DOUBLED, call=ONCE.call)
+    assert broken(twice, after(FaultKind.KILL_BROKER, "broker", 101.5)) == [Rule.ONCE]
+
+
+def test_what_must_run_at_most_once_may_be_lost_with_its_worker() -> None:
+    lost = replace(
+        seen(ONCE, end="WorkerLost", run=""),
+        runs=(run(ended=None),),
+        told=Told("failed", "WorkerLost"),
+    )
+    assert broken(lost, after(FaultKind.KILL_WORKER, "worker-0", 101.5)) == []
+    assert broken(lost) == [Rule.RIGHT]
+    plain = replace(lost, call=PLAIN.call)
+    assert Rule.RIGHT in broken(plain, after(FaultKind.KILL_WORKER, "worker-0", 101.5))
 
 
 def test_a_connection_that_was_lost_without_a_fault_counts_too() -> None:
