@@ -19,6 +19,18 @@ pytest.register_assert_rewrite("contract")
 
 Service = TypeVar("Service")
 
+_HEAVY = {
+    "broker_cluster",
+    "broker_faults",
+    "chaos",
+    "clock_jumps",
+    "fairness",
+    "lost_workers",
+    "refusing_databases",
+    "store_faults",
+}
+"""Acceptance tests that start brokers of their own, or measure who comes first."""
+
 
 def started(start: Callable[[], Service]) -> Service:
     """Start a service; without its program skip here, and fail under continuous integration."""
@@ -31,10 +43,14 @@ def started(start: Callable[[], Service]) -> Service:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In a run of several processes, one does the acceptance tests: they take a whole machine."""
+    """In a run of several processes, one does the acceptance tests with the heavy faults.
+
+    Another one does the rest of them, and all share the others.
+    """
     for item in items:
         if "acceptance" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("acceptance"))
+            group = "faults" if item.path.stem.removeprefix("test_") in _HEAVY else "programs"
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
