@@ -191,13 +191,15 @@ class Custody:
             Fenced: Another one leads.
             sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
         """
-        # The attempt may be over by now, and another one waiting.
+        # The attempt may be over by now, or given back by its worker, and the call wait anew: then
+        # it is due at another time.
         statement = update(kept).where(
             kept.c.id == bindparam("row"),
             kept.c.attempt == bindparam("at"),
+            kept.c.due_at == bindparam("due"),
             kept.c.state == CallState.WAITING.value,
         )
-        rows = [{"row": call.id, "at": call.attempt} for call in calls]
+        rows = [{"row": call.id, "at": call.attempt, "due": call.due_at} for call in calls]
         with self._engine.begin() as connection:
             self._fence(connection, epoch)
             if rows:

@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from time import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -165,6 +166,16 @@ def test_what_a_worker_gives_back_starts_elsewhere_and_is_no_copy(desk: Desk) ->
     assert second != first
     assert second.queue == CALLS
     assert granted(desk.take(claim(frame=second, run="v/1"))) == [(1,)]
+
+
+def test_what_is_given_back_before_it_stands_as_queued_starts_all_the_same(desk: Desk) -> None:
+    desk.take(deposit(1, at_most_once=True))
+    published = desk.custody.due(time(), 100)
+    frame = replace(published[0].frame, reply=CUSTODY, attempt=1)
+    desk.take(claim(frame=frame))
+    desk.take(release(1))
+    desk.custody.queued(desk.epoch, published)
+    assert granted(desk.take(claim(frame=start(desk), run="v/1"))) == [(1,)]
 
 
 def test_news_of_a_lost_run_counts_while_its_writer_leads(desk: Desk) -> None:
