@@ -208,7 +208,7 @@ class Dispatcher:
         return guess_s is not None and guess_s > limit_s
 
     def unfinished(self, holding: Holding) -> set[int]:
-        """Calls of a frame that run with nothing of it behind them, or have results to be stored."""
+        """Calls of a frame that run with nothing of it behind them, or wait for the store."""
         run = {n for slot, batch, _ in self._alone_in(holding) for n in slot.left_of(batch)}
         return run | holding.convoys.keys()
 
