@@ -163,6 +163,24 @@ def test_limits_and_other_calls_bar_together(desk: Desk) -> None:
     assert started(desk) == [2]
 
 
+def test_the_time_of_a_limited_call_is_not_slept_through(desk: Desk) -> None:
+    at = time() + 3
+    desk.take(limited(1, due=at), deposit(2, due=at + 60))
+    assert started(desk) == []
+    assert desk.custody.next_due(time()) == pytest.approx(at)
+
+
+def test_many_limits_are_looked_at_in_turns_so_that_others_can_write(desk: Desk) -> None:
+    desk.take(deposit(*range(500), limits=tuple(Limitation(f"{n % 250}", 1) for n in range(500))))
+    turns = [desk.custody.lift_bars(desk.epoch, time(), {}) for _ in range(3)]
+    assert [turn.places for turn in turns] == [True, False, False]
+    assert [due.frame.calls[0].counter for due in desk.custody.due(time(), 500)] == [*range(250)]
+    desk.take(outcome(good(7)))
+    desk.custody.lift_bars(desk.epoch, time(), {})
+    assert len(desk.custody.due(time(), 500)) == 250
+    assert desk.state(257) == "waiting"
+
+
 @pytest.mark.parametrize(
     "terms",
     [{"after": (("nonsense",),)}, {"after": (("c-1",), ("c-2",))}, {"limits": (("k", 0),)}],
