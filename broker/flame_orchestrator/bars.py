@@ -28,7 +28,6 @@ from flame_broker.messages import Status, call_id
 from flame_broker.outcomes import describe
 from flame_orchestrator.history import outcome_of
 from flame_orchestrator.schema import NEVER, dependencies, kept
-from flame_orchestrator.states import CallState
 
 __all__ = ["Hopeless", "Lifted", "awaits", "give_places", "keys_that_want", "lift"]
 

@@ -160,15 +160,19 @@ def _listed(
         batches.c.client, batches.c.first, batches.c.last, batches.c.counters,
         batches.c.label, batches.c.target, batches.c.queue, batches.c.queued_at,
         batches.c.attempt, batches.c.expires_at, batches.c.done,
-    ).order_by(batches.c.id.desc()).limit(limit)  # fmt: skip
+    ).order_by(batches.c.id.desc())  # fmt: skip
     if label:
         wanted = wanted.where(batches.c.label == label)
     if state is CallState.QUEUED:
         wanted = wanted.where(batches.c.unended > 0)
-    rows: Iterable[Row[Any]] = connection.execute(wanted)
+    else:
+        wanted = wanted.limit(limit)
+    rows: Iterable[Row[Any]] = connection.execute(wanted.execution_options(yield_per=_NEAR))
     for row in rows:
         span = Span.load(row.first, row.last, row.counters)
         done = int.from_bytes(row.done, "little")
+        if state is CallState.QUEUED and not _any_queued(connection, row, span, done):
+            continue
         known = _failures_in(connection, row.client, row.first, row.last) if done else {}
         for counter, facts in _kept_in(connection, row.client, row.first, row.last).items():
             known[counter] = known.get(counter, {}) | facts
@@ -177,6 +181,15 @@ def _listed(
             facts = _summary(row, counter, ended=bool(done >> at & 1), known=known)
             if state is None or facts["state"] == state.value:
                 yield facts
+
+
+def _any_queued(connection: Connection, row: Row[Any], span: Span, done: int) -> bool:
+    """Whether any call of a frame is in a queue: neither over, nor waiting, nor running."""
+    elsewhere = kept.c.state.in_([CallState.WAITING.value, CallState.RUNNING.value])
+    near = and_(kept.c.client == row.client, kept.c.counter.between(row.first, row.last))
+    found = select(kept.c.counter).where(near, elsewhere).order_by(kept.c.counter)
+    known = span.bits(connection.scalars(found).all())
+    return bool(span.bits(span.counters) & ~done & ~known)
 
 
 def _add_ends(connection: Connection, calls: list[Facts]) -> None:

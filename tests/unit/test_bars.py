@@ -22,7 +22,8 @@ from flame_broker.messages import (
 from flame_broker.outcomes import describe
 from flame_orchestrator.bars import Hopeless
 from flame_orchestrator.ledger import Arrival, Ledger
-from lab.bench import KEYRING
+from flame_orchestrator.states import CallState
+from lab.bench import KEYRING, frame_of
 from lab.desk import (
     AT_ONCE,
     CALLS,
@@ -179,6 +180,17 @@ def test_many_limits_are_looked_at_in_turns_so_that_others_can_write(desk: Desk)
     desk.custody.lift_bars(desk.epoch, time(), {})
     assert len(desk.custody.due(time(), 500)) == 250
     assert desk.state(257) == "waiting"
+
+
+def test_those_that_wait_do_not_hide_those_that_are_queued(desk: Desk) -> None:
+    Ledger(desk.engine).record([Arrival(frame_of([7]), b"7")])
+    for counter in range(1, 6):
+        desk.take(limited(counter, limit=Limitation("one", 1)))
+    started(desk)
+    listed = desk.history.calls(state=CallState.QUEUED, limit=2)
+    assert [(facts["id"], facts["state"]) for facts in listed] == [
+        ("c-1", "queued"), ("c0-7", "queued")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
