@@ -36,6 +36,10 @@ from flame_orchestrator.states import CallState
 
 __all__ = ["Custody", "Due", "Fenced", "Run"]
 
+_EPOCHS_SINCE: Final = 1_577_836_800
+"""2020 began then. A first epoch is the time since: workers who have heard an orchestrator with
+another database must not take the one with a new database for its predecessor (rule 11)."""
+
 _KEYS_AT_ONCE: Final = 200
 """Limits looked at in one transaction: others want to write, too."""
 
@@ -101,8 +105,9 @@ class Custody:
         Raises:
             sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
         """
+        first = int(time()) - _EPOCHS_SINCE
         new = self._dialect.insert(leaders).values(
-            key_id=self._key.hex_id, epoch=1, holder=holder, since=time()
+            key_id=self._key.hex_id, epoch=first, holder=holder, since=time()
         )
         taken = new.on_conflict_do_update(
             index_elements=["key_id"],

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from flame_broker.messages import CallFrame, CallSpec, Result, Status, Suspicion, Target
 from flame_broker.outcomes import describe
 from flame_broker.topology import suspects_beside
+from flame_orchestrator import custody
 from flame_orchestrator.custody import Run
 from flame_orchestrator.letters import Letter
 from flame_orchestrator.session import News
@@ -200,6 +201,16 @@ def test_a_cancel_ends_a_call_that_has_a_lease_and_spares_it_if_told_to(desk: De
     desk.take(cancel(1))
     assert describe(desk.told["c-1"][0])[0] == "CallCancelled"
     assert desk.custody.runs() == []
+
+
+def test_whoever_begins_a_new_database_is_no_older_leader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    latest = max(Desk(tmp_path / "old").custody.lead("us") for _ in range(10))
+    monkeypatch.setattr(custody, "time", lambda: time() + 60)
+    assert Desk(tmp_path / "new").epoch > latest
 
 
 # ── silence ──────────────────────────────────────────────────────────────────
