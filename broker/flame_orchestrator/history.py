@@ -23,6 +23,7 @@ from flame_broker.messages import (
 from flame_orchestrator.schema import (
     NEVER,
     batches,
+    dependencies,
     failures,
     kept,
     outcomes,
@@ -38,6 +39,7 @@ Facts = dict[str, Any]
 """A call as people see it: plain values by name."""
 
 _NEAR = 256
+_NAMED = 5
 _OF_CUSTODY = (
     kept.c.counter, kept.c.state, kept.c.attempt, kept.c.due_at, kept.c.reason,
     kept.c.worker, kept.c.started_at, kept.c.unmet, kept.c.limit_key, kept.c.limit_calls,
@@ -95,7 +97,8 @@ class History:
                 row, final = outcome
                 facts |= {"state": CallState.SUCCEEDED.value, **_end(row, final)}
                 facts |= _failure_of(connection, client, counter)
-            return facts | _kept_in(connection, client, counter, counter).get(counter, {})
+            facts |= _kept_in(connection, client, counter, counter).get(counter, {})
+            return facts | _awaited_by(connection, client, counter)
 
     def outcome(self, client: str, counter: int) -> Outcome | None:
         """The outcome itself; None while the call has not ended."""
@@ -264,6 +267,21 @@ def _kept_in(connection: Connection, client: str, first: int, last: int) -> dict
     return {row.counter: _custody(row) for row in rows}
 
 
+def _awaited_by(connection: Connection, client: str, counter: int) -> Facts:
+    """Which calls it waits for; one that the history does not know may never have been made."""
+    ours = and_(kept.c.client == client, kept.c.counter == counter, kept.c.unmet > 0)
+    on = dependencies.c.client, dependencies.c.counter
+    of = select(*on).join(kept, kept.c.id == dependencies.c.call).where(ours).order_by(*on)
+    rows = connection.execute(of).all()
+    names = [call_id(row.client, row.counter) for row in rows[:_NAMED]]
+    for at, row in enumerate(rows[:_NAMED]):
+        if _batch_of(connection, row.client, row.counter) is None:
+            names[at] += " (not in the history)"
+    if len(rows) > _NAMED:
+        names.append(f"{len(rows) - _NAMED} more")
+    return {"reason": f"it waits for {', '.join(names)} to succeed"} if names else {}
+
+
 def _schedule_of(connection: Connection, client: str) -> Facts:
     """Whose call it is, if a schedule makes the calls of that client."""
     name = connection.scalar(select(schedules.c.name).where(schedules.c.client == client))
@@ -281,7 +299,8 @@ def _custody(row: Any) -> Facts:
         if row.due_at < NEVER:
             facts["due_at"] = row.due_at
         elif row.unmet:
-            facts["reason"] = f"it waits for calls to succeed, {row.unmet} of them"
+            calls = "1 call" if row.unmet == 1 else f"{row.unmet} calls"
+            facts["reason"] = f"it waits for {calls} to succeed"
         else:
             facts["reason"] = (
                 f"it waits for a place: at most {row.limit_calls} calls with the limit "

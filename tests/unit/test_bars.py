@@ -71,7 +71,7 @@ def test_a_call_starts_when_the_last_of_those_that_it_waits_for_has_succeeded(de
     story = desk.history.story("c", 3)
     assert story is not None
     assert (story["state"], story["reason"]) == (
-        "waiting", "it waits for calls to succeed, 2 of them"
+        "waiting", "it waits for c-1, c-2 to succeed"
     )  # fmt: skip
     desk.take(outcome(good(1)))
     assert started(desk) == []
@@ -79,6 +79,16 @@ def test_a_call_starts_when_the_last_of_those_that_it_waits_for_has_succeeded(de
     assert started(desk) == [3]
     desk.take(outcome(good(3)))
     assert started(desk) == [4]
+
+
+def test_what_a_call_waits_for_is_named_and_whether_anybody_knows_it(desk: Desk) -> None:
+    desk.take(deposit(1), deposit(2, after=(("c-1", *(f"nobody-{n}" for n in range(6))),)))
+    story = desk.history.story("c", 2)
+    assert story is not None
+    unknown = ", ".join(f"nobody-{n} (not in the history)" for n in range(4))
+    assert story["reason"] == f"it waits for c-1, {unknown}, 2 more to succeed"
+    (listed,) = [facts for facts in desk.history.calls(limit=9) if facts["id"] == "c-2"]
+    assert listed["reason"] == "it waits for 7 calls to succeed"
 
 
 def test_what_has_ended_before_is_waited_for_no_more(desk: Desk) -> None:
