@@ -217,7 +217,7 @@ def test_without_an_orchestrator_the_command_says_what_to_start(
 ) -> None:
     alone = cluster.command("logs", "abc-1", "-f")
     assert alone.returncode == 1
-    assert "start one" in alone.stderr
+    assert "start `flame-orchestrator`" in alone.stderr
     environ = {**cluster.environ, "FLAME_HOME": str(tmp_path), "FLAME_BROKER_URL": ""}
     embedded = subprocess.run(
         [FLAME, "logs", "abc-1"], env=environ, capture_output=True, text=True, timeout=60
