@@ -101,7 +101,10 @@ class Answers:
         raise FlameError(f"this orchestrator knows no question {asked.get('question')!r}")
 
     async def _calls(self, asked: Arguments, key: Key) -> dict[str, Plain]:
-        state = CallState(asked["state"]) if asked.get("state") else None
+        named = str(asked.get("state", ""))
+        if named and named not in [*CallState]:
+            raise FlameError(f"state {named!r}: expected one of {', '.join(CallState)}")
+        state = CallState(named) if named else None
         limit = min(int(asked.get("limit", 50)), _MOST_ROWS)
         label = str(asked.get("label", ""))
         read = partial(self._history.calls, state=state, label=label, limit=limit)

@@ -6,23 +6,38 @@ has succeeded, and when fewer calls than its limit says are under way with the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from time import time
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, and_, bindparam, case, delete, func, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    literal_column,
+    select,
+    tuple_,
+    update,
+)
 
 from flame_broker.messages import Status, call_id
 from flame_broker.outcomes import describe
 from flame_orchestrator.history import outcome_of
 from flame_orchestrator.schema import NEVER, dependencies, kept
-from flame_orchestrator.states import CallState
 
-__all__ = ["Hopeless", "Lifted", "awaits", "give_places", "lift", "wants_places"]
+__all__ = ["Hopeless", "Lifted", "awaits", "give_places", "keys_that_want", "lift"]
 
 _AT_ONCE: Final = 500
 _MOST_PLACED: Final = 2000
+
+_YES: Final[ColumnElement[int]] = literal_column("1")
+_NO: Final[ColumnElement[int]] = literal_column("0")
+"""As in the conditions of the indices, which SQLite then need not check again in each row."""
 
 
 class Hopeless(NamedTuple):
@@ -45,10 +60,12 @@ class Lifted(NamedTuple):
     Attributes:
         hopeless: Calls that wait in vain.
         more: Whether there are calls that wait for others still.
+        places: Whether there may be places still for calls that wait for them.
     """
 
     hopeless: list[Hopeless]
     more: bool
+    places: bool = False
 
 
 def lift(connection: Connection, key_id: str, among: Mapping[str, set[int]] | None) -> Lifted:
@@ -89,50 +106,66 @@ def _go_on(connection: Connection, calls: Any) -> None:
     """Calls wait for one less; those that wait for none any more have their time."""
     connection.execute(update(kept).where(calls).values(unmet=kept.c.unmet - 1))
     free = and_(kept.c.unmet == 0, kept.c.place.is_(None), kept.c.due_at == NEVER)
+    limited = kept.c.limit_key.is_not(None)
     now = time()
     due_at = case((kept.c.not_before > now, kept.c.not_before), else_=now)
-    connection.execute(update(kept).where(calls, free).values(due_at=due_at))
+    connection.execute(update(kept).where(calls, free, ~limited).values(due_at=due_at))
+    connection.execute(update(kept).where(calls, free, limited).values(place=0))
 
 
-def give_places(connection: Connection, key_id: str, before: float) -> None:
+def keys_that_want(connection: Connection, key_id: str, before: float) -> list[str]:
+    """The keys of limits under which calls wait for places.
+
+    Args:
+        connection: To read.
+        key_id: Whose calls.
+        before: Those whose time comes by then, in seconds since 1970.
+    """
+    return list(
+        connection.scalars(select(kept.c.limit_key).where(_waits(key_id, before)).distinct())
+    )
+
+
+def give_places(
+    connection: Connection, key_id: str, before: float, keys: Iterable[str]
+) -> set[str]:
     """Let calls that are under limits go on as far as these allow, in the order of their times.
 
     Args:
         connection: In a transaction.
         key_id: Whose calls.
         before: Those whose time comes by then, in seconds since 1970.
+        keys: Of the limits to look at.
+
+    Returns:
+        Those keys under which there is no place for the next call.
     """
-    waits = and_(
-        kept.c.key_id == key_id,
-        kept.c.place == 0,
-        kept.c.unmet == 0,
-        kept.c.state == CallState.WAITING.value,
-        kept.c.not_before <= before,
-    )
-    for key in list(connection.scalars(select(kept.c.limit_key).where(waits).distinct())):
-        under_way = and_(kept.c.key_id == key_id, kept.c.limit_key == key, kept.c.place == 1)
+    full: set[str] = set()
+    for key in keys:
+        under_way = and_(kept.c.key_id == key_id, kept.c.limit_key == key, kept.c.place == _YES)
         taken: int = connection.scalar(select(func.count()).select_from(kept).where(under_way)) or 0
         wanted = (
             select(kept.c.id, kept.c.limit_calls)
-            .where(waits, kept.c.limit_key == key)
+            .where(_waits(key_id, before), kept.c.limit_key == key)
             .order_by(kept.c.not_before, kept.c.id)
             .limit(_MOST_PLACED)
         )
         placed: list[dict[str, Any]] = []
         for row in connection.execute(wanted):
             if taken >= row.limit_calls:
+                full.add(key)
                 break
             taken += 1
             placed.append({"row": row.id})
         if placed:
             those = update(kept).where(kept.c.id == bindparam("row"))
             connection.execute(those.values(place=1, due_at=kept.c.not_before), placed)
+    return full
 
 
-def wants_places(connection: Connection, key_id: str, before: float) -> bool:
-    """Whether ``give_places`` may have something to do."""
-    waits = and_(kept.c.key_id == key_id, kept.c.place == 0, kept.c.not_before <= before)
-    return connection.execute(select(kept.c.id).where(waits).limit(1)).first() is not None
+def _waits(key_id: str, before: float) -> Any:
+    """Nothing but a limit bars these; the index on places knows all of this."""
+    return and_(kept.c.key_id == key_id, kept.c.place == _NO, kept.c.not_before <= before)
 
 
 def _awaited(

@@ -9,15 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import time
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
-from sqlalchemy import Connection, Engine, and_, bindparam, delete, func, select, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    and_,
+    bindparam,
+    delete,
+    func,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from flame_broker.frames import reread
 from flame_broker.keys import Key
 from flame_broker.messages import CallFrame, Deposit
-from flame_orchestrator.bars import Lifted, awaits, give_places, lift, wants_places
+from flame_orchestrator.bars import Lifted, awaits, give_places, keys_that_want, lift
 from flame_orchestrator.ledger import Ledger
 from flame_orchestrator.letters import Letter
 from flame_orchestrator.schema import kept, leaders, tombstones
@@ -25,6 +35,13 @@ from flame_orchestrator.session import News, Session
 from flame_orchestrator.states import CallState
 
 __all__ = ["Custody", "Due", "Fenced", "Run"]
+
+_EPOCHS_SINCE: Final = 1_577_836_800
+"""2020 began then. A first epoch is the time since: workers who have heard an orchestrator with
+another database must not take the one with a new database for its predecessor (rule 11)."""
+
+_KEYS_AT_ONCE: Final = 200
+"""Limits looked at in one transaction: others want to write, too."""
 
 
 class Fenced(Exception):  # it says what happened to whoever gets it
@@ -77,6 +94,7 @@ class Custody:
         self._ledger = ledger
         self._key = key
         self._dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
+        self._full: set[str] = set()  # limits without a place, until something changes under them
 
     def lead(self, holder: str) -> int:
         """Become the leader; the epoch, which every later one exceeds.
@@ -87,13 +105,15 @@ class Custody:
         Raises:
             sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
         """
+        first = int(time()) - _EPOCHS_SINCE
         new = self._dialect.insert(leaders).values(
-            key_id=self._key.hex_id, epoch=1, holder=holder, since=time()
+            key_id=self._key.hex_id, epoch=first, holder=holder, since=time()
         )
         taken = new.on_conflict_do_update(
             index_elements=["key_id"],
             set_={"epoch": leaders.c.epoch + 1, "holder": holder, "since": time()},
         ).returning(leaders.c.epoch)
+        self._full.clear()
         with self._engine.begin() as connection:
             return int(connection.execute(taken).scalar_one())
 
@@ -107,7 +127,9 @@ class Custody:
         with self._engine.begin() as connection:
             self._fence(connection, epoch)
             session = Session(connection, self._ledger, self._key, self._dialect, epoch)
-            return session.take(letters)
+            news = session.take(letters)
+        self._full -= news.limits
+        return news
 
     def keep(
         self, find: Callable[[Connection], Iterable[Deposit]], *, epoch: int | None = None
@@ -127,7 +149,8 @@ class Custody:
                 self._fence(connection, epoch)
             letters = [Letter(deposit, b"") for deposit in find(connection)]
             session = Session(connection, self._ledger, self._key, self._dialect, epoch or 0)
-            session.take(letters)
+            news = session.take(letters)
+        self._full -= news.limits
 
     def due(self, before: float, limit: int) -> list[Due]:
         """The calls that wait and whose time comes by then, the longest overdue first."""
@@ -168,13 +191,16 @@ class Custody:
         with self._engine.connect() as connection:
             awaited = awaits(connection)
             news = awaited and among != {}
-            if not news and not wants_places(connection, self._key.hex_id, before):
+            wanting = keys_that_want(connection, self._key.hex_id, before)
+            keys = [key for key in wanting if key not in self._full]
+            if not news and not keys:
                 return Lifted([], more=awaited)
         with self._engine.begin() as connection:
             self._fence(connection, epoch)
             lifted = lift(connection, self._key.hex_id, among)
-            give_places(connection, self._key.hex_id, before)
-            return lifted
+            full = give_places(connection, self._key.hex_id, before, keys[:_KEYS_AT_ONCE])
+        self._full |= full
+        return lifted._replace(places=len(keys) > _KEYS_AT_ONCE or news)
 
     def check(self, epoch: int) -> None:
         """Prove that we lead, without writing anything.
@@ -190,10 +216,11 @@ class Custody:
     def next_due(self, after: float) -> float | None:
         """When the next call is due that is not due by then, in seconds since 1970."""
         with self._engine.connect() as connection:
-            found = connection.scalar(
-                select(func.min(kept.c.due_at)).where(self._waits(), kept.c.due_at > after)
-            )
-            return None if found is None else float(found)
+            due = select(func.min(kept.c.due_at)).where(self._waits(), kept.c.due_at > after)
+            limited = and_(kept.c.key_id == self._key.hex_id, kept.c.place == literal_column("0"))
+            soon = select(func.min(kept.c.not_before)).where(limited, kept.c.not_before > after)
+            found = [connection.scalar(earliest) for earliest in (due, soon)]
+            return min((float(at) for at in found if at is not None), default=None)
 
     def queued(self, epoch: int, calls: Iterable[Due]) -> None:
         """Note that attempts are in their queues.
@@ -202,13 +229,15 @@ class Custody:
             Fenced: Another one leads.
             sqlalchemy.exc.SQLAlchemyError: Nothing was written; try again.
         """
-        # The attempt may be over by now, and another one waiting.
+        # The attempt may be over by now, or given back by its worker, and the call wait anew: then
+        # it is due at another time.
         statement = update(kept).where(
             kept.c.id == bindparam("row"),
             kept.c.attempt == bindparam("at"),
+            kept.c.due_at == bindparam("due"),
             kept.c.state == CallState.WAITING.value,
         )
-        rows = [{"row": call.id, "at": call.attempt} for call in calls]
+        rows = [{"row": call.id, "at": call.attempt, "due": call.due_at} for call in calls]
         with self._engine.begin() as connection:
             self._fence(connection, epoch)
             if rows:

@@ -23,6 +23,7 @@ from flame_broker.messages import (
 from flame_orchestrator.schema import (
     NEVER,
     batches,
+    dependencies,
     failures,
     kept,
     outcomes,
@@ -37,6 +38,8 @@ __all__ = ["Facts", "History", "Outcome", "outcome_of"]
 Facts = dict[str, Any]
 """A call as people see it: plain values by name."""
 
+_NAMED = 5
+_AT_ONCE = 256
 _OF_CUSTODY = (
     kept.c.counter, kept.c.state, kept.c.attempt, kept.c.due_at, kept.c.reason,
     kept.c.worker, kept.c.started_at, kept.c.unmet, kept.c.limit_key, kept.c.limit_calls,
@@ -94,7 +97,8 @@ class History:
                 row, final = outcome
                 facts |= {"state": CallState.SUCCEEDED.value, **_end(row, final)}
                 facts |= _failure_of(connection, client, counter)
-            return facts | _kept_in(connection, client, counter, counter).get(counter, {})
+            facts |= _kept_in(connection, client, counter, counter).get(counter, {})
+            return facts | _awaited_by(connection, client, counter)
 
     def outcome(self, client: str, counter: int) -> Outcome | None:
         """The outcome itself; None while the call has not ended."""
@@ -150,15 +154,19 @@ def _listed(
         batches.c.client, batches.c.first, batches.c.last, batches.c.counters,
         batches.c.label, batches.c.target, batches.c.queue, batches.c.queued_at,
         batches.c.attempt, batches.c.expires_at, batches.c.done,
-    ).order_by(batches.c.id.desc()).limit(limit)  # fmt: skip
+    ).order_by(batches.c.id.desc())  # fmt: skip
     if label:
         wanted = wanted.where(batches.c.label == label)
     if state is CallState.QUEUED:
         wanted = wanted.where(batches.c.unended > 0)
-    rows: Iterable[Row[Any]] = connection.execute(wanted)
+    else:
+        wanted = wanted.limit(limit)
+    rows: Iterable[Row[Any]] = connection.execute(wanted.execution_options(yield_per=_AT_ONCE))
     for row in rows:
         span = Span.load(row.first, row.last, row.counters)
         done = int.from_bytes(row.done, "little")
+        if state is CallState.QUEUED and not _any_queued(connection, row, span, done):
+            continue
         known = _failures_in(connection, row.client, row.first, row.last) if done else {}
         for counter, facts in _kept_in(connection, row.client, row.first, row.last).items():
             known[counter] = known.get(counter, {}) | facts
@@ -167,6 +175,15 @@ def _listed(
             facts = _summary(row, counter, ended=bool(done >> at & 1), known=known)
             if state is None or facts["state"] == state.value:
                 yield facts
+
+
+def _any_queued(connection: Connection, row: Row[Any], span: Span, done: int) -> bool:
+    """Whether any call of a frame is in a queue: neither over, nor waiting, nor running."""
+    elsewhere = kept.c.state.in_([CallState.WAITING.value, CallState.RUNNING.value])
+    near = and_(kept.c.client == row.client, kept.c.counter.between(row.first, row.last))
+    found = select(kept.c.counter).where(near, elsewhere).order_by(kept.c.counter)
+    known = span.bits(connection.scalars(found).all())
+    return bool(span.bits(span.counters) & ~done & ~known)
 
 
 def _add_ends(connection: Connection, calls: list[Facts]) -> None:
@@ -241,6 +258,21 @@ def _kept_in(connection: Connection, client: str, first: int, last: int) -> dict
     return {row.counter: _custody(row) for row in rows}
 
 
+def _awaited_by(connection: Connection, client: str, counter: int) -> Facts:
+    """Which calls it waits for; one that the history does not know may never have been made."""
+    ours = and_(kept.c.client == client, kept.c.counter == counter, kept.c.unmet > 0)
+    on = dependencies.c.client, dependencies.c.counter
+    of = select(*on).join(kept, kept.c.id == dependencies.c.call).where(ours).order_by(*on)
+    rows = connection.execute(of).all()
+    names = [call_id(row.client, row.counter) for row in rows[:_NAMED]]
+    for at, row in enumerate(rows[:_NAMED]):
+        if _batch_of(connection, row.client, row.counter) is None:
+            names[at] += " (not in the history)"
+    if len(rows) > _NAMED:
+        names.append(f"{len(rows) - _NAMED} more")
+    return {"reason": f"it waits for {', '.join(names)} to succeed"} if names else {}
+
+
 def _schedule_of(connection: Connection, client: str) -> Facts:
     """Whose call it is, if a schedule makes the calls of that client."""
     name = connection.scalar(select(schedules.c.name).where(schedules.c.client == client))
@@ -258,7 +290,8 @@ def _custody(row: Any) -> Facts:
         if row.due_at < NEVER:
             facts["due_at"] = row.due_at
         elif row.unmet:
-            facts["reason"] = f"it waits for calls to succeed, {row.unmet} of them"
+            calls = "1 call" if row.unmet == 1 else f"{row.unmet} calls"
+            facts["reason"] = f"it waits for {calls} to succeed"
         else:
             facts["reason"] = (
                 f"it waits for a place: at most {row.limit_calls} calls with the limit "

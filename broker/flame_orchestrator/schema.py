@@ -138,7 +138,7 @@ kept: Final = Table(
     Column("unmet", Integer, nullable=False, server_default="0"),  # calls that it waits for
     Column("limit_key", Text),
     Column("limit_calls", Integer),
-    Column("place", Integer),  # 1: it has one under its limit, 0: it needs one; NULL: no limit
+    Column("place", Integer),  # 1: it has one under its limit; 0: it waits for one alone
     UniqueConstraint("client", "counter"),
     UniqueConstraint("key_id", "once"),
 )

@@ -72,6 +72,7 @@ class News:
         answers: For workers that have claimed calls.
         dead: Calls that are quarantined, with the reason.
         awaited: Calls that others wait for from now on, by client.
+        limits: The keys of limits under which something has changed.
     """
 
     results: list[ResultFrame] = field(default_factory=list)
@@ -79,6 +80,7 @@ class News:
     answers: list[Answer] = field(default_factory=list)
     dead: list[tuple[CallFrame, str]] = field(default_factory=list)
     awaited: dict[str, set[int]] = field(default_factory=dict)
+    limits: set[str] = field(default_factory=set)
 
 
 class _Follower(NamedTuple):
@@ -147,6 +149,7 @@ class Session:
         changed = [row for row in self._known.values() if row.changed]
         if not changed:
             return
+        self._news.limits.update(r.limit_key for r in changed if r.limit_key is not None)
         self._update(_CHANGEABLE, changed)
         self._update(("body",), [row for row in changed if row.moved])
         over = [r.id for r in changed if r.ended_at is not None and r.unmet]
@@ -191,6 +194,7 @@ class Session:
         frame = deposit.frame
         self._stories.append(Arrival(frame, encode(frame, self._key)))
         rows = _kept_rows(deposit, self._key)
+        self._news.limits.update(limit.key for limit in deposit.limits if limit is not None)
         single = [row for row in rows if row["once"] is None]
         if single:
             self._connection.execute(self._dialect.insert(kept).on_conflict_do_nothing(), single)
@@ -358,7 +362,7 @@ def _kept_rows(deposit: Deposit, key: Key) -> list[dict[str, Any]]:
 
 def _bars(row: dict[str, Any], after: frozenset[str], limit: Limitation | None) -> dict[str, Any]:
     """What keeps a call from its start, besides its time."""
-    key, calls, place = (None, None, None) if limit is None else (*limit, 0)
+    key, calls = (None, None) if limit is None else limit
     barred = bool(after) or limit is not None
     return {
         "not_before": row["due_at"],
@@ -366,7 +370,7 @@ def _bars(row: dict[str, Any], after: frozenset[str], limit: Limitation | None) 
         "unmet": len(after),
         "limit_key": key,
         "limit_calls": calls,
-        "place": place,
+        "place": 0 if limit is not None and not after else None,
     }
 
 

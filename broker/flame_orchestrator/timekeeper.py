@@ -192,6 +192,8 @@ class Timekeeper:
             self._lifted_at = None  # once more, and everything
             raise
         self._lifted_at, self._awaits = epoch, lifted.more or bool(self._ended)
+        if lifted.places:
+            self._news.set()
         if among is None:
             now = asyncio.get_running_loop().time()
             self._sweep_at = now + max(_LOOK_EVERY_S, _SWEEP_SHARE * (now - began))

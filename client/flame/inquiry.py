@@ -32,8 +32,8 @@ Enough = Callable[[Sequence[Facts]], bool]
 
 _PATIENCE_S: Final = 10.0
 _NO_ORCHESTRATOR: Final = (
-    "the history and the schedules are kept by `flame-orchestrator` beside a broker: start one "
-    "(the embedded cluster has none yet)"
+    "no orchestrator has ever run on this broker with this key, and it keeps the history, the logs "
+    "and the schedules: start `flame-orchestrator` beside it (the embedded cluster has none yet)"
 )
 _RUNNING_ANSWER_S: Final = 1.0
 _COUNTERS_A_FRAME: Final = 10_000

@@ -40,9 +40,9 @@ _CANCEL_DEADLINE_S: Final = 86_400.0  # who cancels does not wait for it, and co
 _LOOK_EVERY_S: Final = 0.25
 _MOST_KEPT: Final = 1_000_000  # the orchestrator writes them to its database
 _NO_ORCHESTRATOR: Final = (
-    "retry=, delivery='at_most_once' and options() need an orchestrator, and none has ever run on "
-    "this broker with this key: start `flame-orchestrator` beside it (the embedded cluster has "
-    "none yet)"
+    "retry=, delivery='at_most_once' and the options not_before=, key=, after= and limit= need an "
+    "orchestrator, and none has ever run on this broker with this key: start `flame-orchestrator` "
+    "beside it (the embedded cluster has none yet)"
 )
 
 _log = get_logger("flame.client")

@@ -66,7 +66,8 @@ def logs(
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
     if not printed and not json:
-        typer.echo(f"nothing is kept of what {call} has printed", err=True)
+        stream = "" if len(hidden) != 1 else " to stdout" if "stderr" in hidden else " to stderr"
+        typer.echo(f"nothing is kept of what {call} has printed{stream}", err=True)
 
 
 def _in_json(line: LogLine) -> str:

@@ -101,6 +101,8 @@ def test_what_a_call_has_printed_is_read_by_others_and_printed_here_only_if_want
         silent = cluster.command("logs", mute.id)
         assert (silent.returncode, silent.stdout) == (0, "")
         assert f"nothing is kept of what {mute.id} has printed" in silent.stderr
+        silent = cluster.command("logs", mute.id, "--stderr")
+        assert f"nothing is kept of what {mute.id} has printed to stderr" in silent.stderr
         assert cluster.command("logs", "nonsense").returncode == 2
     printed = capfd.readouterr()
     assert "line 7" not in printed.out
@@ -215,7 +217,7 @@ def test_without_an_orchestrator_the_command_says_what_to_start(
 ) -> None:
     alone = cluster.command("logs", "abc-1", "-f")
     assert alone.returncode == 1
-    assert "start one" in alone.stderr
+    assert "start `flame-orchestrator`" in alone.stderr
     environ = {**cluster.environ, "FLAME_HOME": str(tmp_path), "FLAME_BROKER_URL": ""}
     embedded = subprocess.run(
         [FLAME, "logs", "abc-1"], env=environ, capture_output=True, text=True, timeout=60

@@ -113,7 +113,7 @@ def test_what_is_asked_wrongly_or_of_nobody_gets_a_clear_answer(cluster: LabClus
     for words in (["ps"], ["show", "abc-1"], ["result", "abc-1"]):
         alone = cluster.command(*words)
         assert alone.returncode == 1
-        assert "start one" in alone.stderr
+        assert "start `flame-orchestrator`" in alone.stderr
         assert "Traceback" not in alone.stderr
     cluster.orchestrator()
     assert cluster.command("show", "nonsense").returncode == 2

@@ -76,7 +76,7 @@ def test_a_schedule_is_made_run_paused_changed_and_removed(
     numbers = list(range(50_000))  # more than a message carries
     with cluster.client() as client, flame.Runner("t", client=client) as runner:
         service = runner.service(total, resreq="cpu=2", priority="high", timeout=60)
-        with pytest.raises(NoOrchestrator, match="start one"):
+        with pytest.raises(NoOrchestrator, match="start `flame-orchestrator`"):
             service.schedule(NEVER_NOW, numbers, name="yearly")
         cluster.orchestrator()
         for cron, zone, words in (

@@ -43,7 +43,7 @@ def test_it_is_answered_as_a_client_is(asker: Asker, worker: FakeWorker) -> None
     assert asker.server == "broker in this process"
     assert asker.reaches_workers
     assert asker.key_id == worker.keyring.signer.hex_id
-    with pytest.raises(NoOrchestrator, match="start one"):
+    with pytest.raises(NoOrchestrator, match="start `flame-orchestrator`"):
         asker.calls()
     with pytest.raises(ValueError, match="not a call id"):
         asker.story("nonsense")

@@ -22,7 +22,8 @@ from flame_broker.messages import (
 from flame_broker.outcomes import describe
 from flame_orchestrator.bars import Hopeless
 from flame_orchestrator.ledger import Arrival, Ledger
-from lab.bench import KEYRING
+from flame_orchestrator.states import CallState
+from lab.bench import KEYRING, frame_of
 from lab.desk import (
     AT_ONCE,
     CALLS,
@@ -70,7 +71,7 @@ def test_a_call_starts_when_the_last_of_those_that_it_waits_for_has_succeeded(de
     story = desk.history.story("c", 3)
     assert story is not None
     assert (story["state"], story["reason"]) == (
-        "waiting", "it waits for calls to succeed, 2 of them"
+        "waiting", "it waits for c-1, c-2 to succeed"
     )  # fmt: skip
     desk.take(outcome(good(1)))
     assert started(desk) == []
@@ -78,6 +79,16 @@ def test_a_call_starts_when_the_last_of_those_that_it_waits_for_has_succeeded(de
     assert started(desk) == [3]
     desk.take(outcome(good(3)))
     assert started(desk) == [4]
+
+
+def test_what_a_call_waits_for_is_named_and_whether_anybody_knows_it(desk: Desk) -> None:
+    desk.take(deposit(1), deposit(2, after=(("c-1", *(f"nobody-{n}" for n in range(6))),)))
+    story = desk.history.story("c", 2)
+    assert story is not None
+    unknown = ", ".join(f"nobody-{n} (not in the history)" for n in range(4))
+    assert story["reason"] == f"it waits for c-1, {unknown}, 2 more to succeed"
+    (listed,) = [facts for facts in desk.history.calls(limit=9) if facts["id"] == "c-2"]
+    assert listed["reason"] == "it waits for 7 calls to succeed"
 
 
 def test_what_has_ended_before_is_waited_for_no_more(desk: Desk) -> None:
@@ -161,6 +172,35 @@ def test_limits_and_other_calls_bar_together(desk: Desk) -> None:
     assert started(desk) == []
     desk.take(outcome(good(1)))
     assert started(desk) == [2]
+
+
+def test_the_time_of_a_limited_call_is_not_slept_through(desk: Desk) -> None:
+    at = time() + 3
+    desk.take(limited(1, due=at), deposit(2, due=at + 60))
+    assert started(desk) == []
+    assert desk.custody.next_due(time()) == pytest.approx(at)
+
+
+def test_many_limits_are_looked_at_in_turns_so_that_others_can_write(desk: Desk) -> None:
+    desk.take(deposit(*range(500), limits=tuple(Limitation(f"{n % 250}", 1) for n in range(500))))
+    turns = [desk.custody.lift_bars(desk.epoch, time(), {}) for _ in range(3)]
+    assert [turn.places for turn in turns] == [True, False, False]
+    assert [due.frame.calls[0].counter for due in desk.custody.due(time(), 500)] == [*range(250)]
+    desk.take(outcome(good(7)))
+    desk.custody.lift_bars(desk.epoch, time(), {})
+    assert len(desk.custody.due(time(), 500)) == 250
+    assert desk.state(257) == "waiting"
+
+
+def test_those_that_wait_do_not_hide_those_that_are_queued(desk: Desk) -> None:
+    Ledger(desk.engine).record([Arrival(frame_of([7]), b"7")])
+    for counter in range(1, 6):
+        desk.take(limited(counter, limit=Limitation("one", 1)))
+    started(desk)
+    listed = desk.history.calls(state=CallState.QUEUED, limit=2)
+    assert [(facts["id"], facts["state"]) for facts in listed] == [
+        ("c-1", "queued"), ("c0-7", "queued")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

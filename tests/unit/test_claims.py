@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from time import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from flame_broker.messages import CallFrame, CallSpec, Result, Status, Suspicion, Target
 from flame_broker.outcomes import describe
 from flame_broker.topology import suspects_beside
+from flame_orchestrator import custody
 from flame_orchestrator.custody import Run
 from flame_orchestrator.letters import Letter
 from flame_orchestrator.session import News
@@ -167,6 +169,16 @@ def test_what_a_worker_gives_back_starts_elsewhere_and_is_no_copy(desk: Desk) ->
     assert granted(desk.take(claim(frame=second, run="v/1"))) == [(1,)]
 
 
+def test_what_is_given_back_before_it_stands_as_queued_starts_all_the_same(desk: Desk) -> None:
+    desk.take(deposit(1, at_most_once=True))
+    published = desk.custody.due(time(), 100)
+    frame = replace(published[0].frame, reply=CUSTODY, attempt=1)
+    desk.take(claim(frame=frame))
+    desk.take(release(1))
+    desk.custody.queued(desk.epoch, published)
+    assert granted(desk.take(claim(frame=start(desk), run="v/1"))) == [(1,)]
+
+
 def test_news_of_a_lost_run_counts_while_its_writer_leads(desk: Desk) -> None:
     desk.take(claim(1))
     old = lost(1, epoch=desk.epoch)
@@ -189,6 +201,16 @@ def test_a_cancel_ends_a_call_that_has_a_lease_and_spares_it_if_told_to(desk: De
     desk.take(cancel(1))
     assert describe(desk.told["c-1"][0])[0] == "CallCancelled"
     assert desk.custody.runs() == []
+
+
+def test_whoever_begins_a_new_database_is_no_older_leader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    latest = max(Desk(tmp_path / "old").custody.lead("us") for _ in range(10))
+    monkeypatch.setattr(custody, "time", lambda: time() + 60)
+    assert Desk(tmp_path / "new").epoch > latest
 
 
 # ── silence ──────────────────────────────────────────────────────────────────

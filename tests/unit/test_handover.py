@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from flame_broker.errors import WorkerLost
 from flame_broker.frames import open_frame
-from flame_broker.messages import Claim, ControlFrame, Plain, ResultFrame
-from flame_broker.topology import custody_queue
+from flame_broker.memory import MemoryTransport
+from flame_broker.messages import Claim, ControlFrame, Plain, Result, ResultFrame, Status
+from flame_broker.topology import custody_queue, work_queue
 from flame_broker.transport import Delivery
 from flame_worker import leases
+from flame_worker.batches import Lost
 from lab.bench import CALLS, KEYRING, SUSPECTS, Bench, bench, frame_of
 from lab.wait import eventually
 
@@ -30,6 +33,7 @@ class Custodian:
         self.epoch = 1
         self.claims: list[Claim] = []
         self.results: list[int] = []
+        self.indices: list[int] = []
         self.releases: list[object] = []
 
     def hear(self, delivery: Delivery) -> None:
@@ -39,6 +43,7 @@ class Custodian:
             self.claims.append(frame)
         elif isinstance(frame, ResultFrame):
             self.results += [result.counter for result in frame.results]
+            self.indices += [result.index for result in frame.results]
         elif isinstance(frame, ControlFrame):
             self.releases.append((frame.verb, frame.arguments["counters"]))
 
@@ -229,24 +234,6 @@ async def test_a_run_that_was_given_up_asks_again_and_ends_if_another_one_has_be
         assert custodian.results == []
 
 
-async def test_a_worker_that_leaves_gives_back_what_it_runs_or_says_that_it_is_lost(
-    tmp_path: Path,
-) -> None:
-    async with handover(tmp_path, slots=2) as (lab, custodian):
-        frame = frame_of([1])
-        await lab.submit(frame, replace(
-            frame_of([2]), spec=replace(frame.spec, at_most_once=True)
-        ))  # fmt: skip
-        await custodian.asked(2)
-        for number in range(2):
-            custodian.answer(to=number)
-        await eventually(lambda: lab.leases.held == 2, 10)
-        await eventually(lambda: sum(len(slot.started) for slot in lab.slots) == 2, 10)
-        lab.leases.give_up()
-        await eventually(lambda: custodian.releases == [("release", (1,))], 10)
-        await eventually(lambda: custodian.results == [2], 10)
-
-
 async def test_a_frame_that_comes_again_after_its_handover_is_acked_at_once(
     tmp_path: Path,
 ) -> None:
@@ -263,3 +250,86 @@ async def test_a_frame_that_comes_again_after_its_handover_is_acked_at_once(
         for slot in lab.slots:
             slot.finish()
         await eventually(lambda: 1 in custodian.results, 10)
+
+
+async def test_a_large_result_on_its_way_to_the_store_goes_the_new_way(tmp_path: Path) -> None:
+    async with handover(tmp_path) as (lab, custodian):
+        await lab.submit(frame_of([1]))
+        await custodian.asked()
+        lab.slots[0].finish(result=lab.spooled(1, b"x" * 100_000, Status.OK))
+        custodian.answer()
+        await eventually(lambda: custodian.results == [1], 10)
+        await eventually(lambda: not lab.intake.held and not lab.leases.held, 10)
+        assert not lab.results
+
+
+async def test_items_stay_in_order_when_a_large_one_is_on_its_way_at_the_handover(
+    tmp_path: Path,
+) -> None:
+    async with handover(tmp_path) as (lab, custodian):
+        await lab.submit(frame_of([1]))
+        await custodian.asked()
+        lab.slots[0].say(lab.spooled(1, b"x" * 100_000, Status.ITEM, 0))
+        custodian.answer()
+        lab.slots[0].say(Result(1, Status.ITEM, b"", None, 1))
+        lab.slots[0].finish(result=Result(1, Status.OK, b"", None, 2))
+        await eventually(lambda: len(custodian.results) == 3, 10)
+        assert custodian.indices == [0, 1, 2]
+        await eventually(lambda: not lab.intake.held and not lab.leases.held, 10)
+        assert unacked(lab) == 0
+        assert not lab.results
+
+
+async def test_at_most_once_is_claimed_and_no_suspect_when_it_comes_again(tmp_path: Path) -> None:
+    async with handover(tmp_path, slots=2) as (lab, custodian):
+        frame = frame_of([1], resources="c2")
+        seen: list[Delivery] = []
+        another = MemoryTransport(tmp_path.name)
+        await another.open()
+        await another.declare(work_queue(frame.queue))
+        await another.consume(frame.queue, seen.append, prefetch=1)
+        await lab.submit(replace(frame, spec=replace(frame.spec, at_most_once=True)))
+        await eventually(lambda: seen, 10)
+        await another.close()
+        await lab.intake.add_class("c2")
+        assert (await custodian.asked()).frame.queue == frame.queue
+        custodian.answer()
+        await eventually(lambda: [slot for slot in lab.slots if slot.started], 10)
+        next(slot for slot in lab.slots if slot.started).finish()
+        await eventually(lambda: custodian.results == [1], 10)
+
+
+async def test_at_most_once_that_waits_for_a_slot_is_given_back_by_a_worker_that_leaves(
+    tmp_path: Path,
+) -> None:
+    async with handover(tmp_path) as (lab, custodian):
+        spec = replace(frame_of([1]).spec, at_most_once=True)
+        await lab.submit(replace(frame_of([1, 2]), spec=spec))
+        await custodian.asked()
+        lab.dispatcher.close()
+        custodian.answer()
+        await eventually(lambda: lab.leases.held, 10)
+        lab.leases.give_up()
+        await eventually(lambda: custodian.releases == [("release", (1, 2))], 10)
+
+
+async def test_a_worker_that_leaves_gives_back_what_ran_or_says_that_it_is_lost(
+    tmp_path: Path,
+) -> None:
+    async with handover(tmp_path, slots=2) as (lab, custodian):
+        frame = frame_of([1])
+        await lab.submit(frame, replace(
+            frame_of([2]), spec=replace(frame.spec, at_most_once=True)
+        ))  # fmt: skip
+        await custodian.asked(2)
+        for number in range(2):
+            custodian.answer(to=number)
+        await eventually(lambda: lab.leases.held == 2, 10)
+        await eventually(lambda: sum(len(slot.started) for slot in lab.slots) == 2, 10)
+        lab.dispatcher.close()
+        for slot in lab.slots:
+            batch = slot.batches[0]
+            slot.lose(Lost(WorkerLost, "ended", (batch, batch.calls[0].counter), [], []))
+        lab.leases.give_up()
+        await eventually(lambda: custodian.releases == [("release", (1,))], 10)
+        await eventually(lambda: custodian.results == [2], 10)

@@ -60,7 +60,7 @@ def test_code_and_large_arguments_are_stored_before_anything_is_asked(
     runner: flame.Runner, tmp_path: Path
 ) -> None:
     service = runner.service(lambda text: len(text) * 2)
-    with pytest.raises(NoOrchestrator, match="start one"):
+    with pytest.raises(NoOrchestrator, match="start `flame-orchestrator`"):
         service.schedule("@daily", "x" * 100_000, name="x")
     store = tmp_path / "store"
     assert [len([*(store / kind).iterdir()]) for kind in ("objects", "targets")] == [1, 1]

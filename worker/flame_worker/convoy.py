@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from flame_broker.messages import Result, Status
 
@@ -16,14 +17,19 @@ class Convoy:
     A large one is a future until it is stored, and holds up what follows. If it could not be
     stored, the call has failed: nothing follows that failure.
 
+    Args:
+        advance: What is done when a large one is stored, or never will be.
+
     Attributes:
+        advance: The same; the call may have gone to another holding meanwhile.
         failed: The failure is out; what else the call gives is for nobody.
         ended: The call has given its outcome.
     """
 
-    __slots__ = ("_line", "ended", "failed")
+    __slots__ = ("_line", "advance", "ended", "failed")
 
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self.advance = advance
         self._line: deque[Result | asyncio.Future[Result]] = deque()
         self.failed = self.ended = False
 

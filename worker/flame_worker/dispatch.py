@@ -25,6 +25,7 @@ from flame_broker.messages import Call, Event, EventKind, Result, Status, Suspic
 from flame_broker.outcomes import encode_failure
 from flame_worker.apart import ARMED_S, Apart
 from flame_worker.holding import Holding
+from flame_worker.leaving import give_back
 from flame_worker.outbox import Outbox
 from flame_worker.pace import Pace
 from flame_worker.pool import SlotPool
@@ -207,11 +208,13 @@ class Dispatcher:
         return guess_s is not None and guess_s > limit_s
 
     def unfinished(self, holding: Holding) -> set[int]:
-        """Calls of a frame that run, each with nothing of the frame behind it in its slot."""
-        return {n for slot, batch, _ in self._alone_in(holding) for n in slot.left_of(batch)}
+        """Calls of a frame that run with nothing of it behind them, or wait for the store."""
+        run = {n for slot, batch, _ in self._alone_in(holding) for n in slot.left_of(batch)}
+        return run | holding.convoys.keys()
 
     def move(self, holding: Holding, leased: Holding) -> None:
         """Let another holding have those calls."""
+        self._spool.move(holding, leased)
         moved = {call.counter for call in leased.frame.calls}
         for slot, batch, given in self._alone_in(holding):
             if not moved.isdisjoint(slot.left_of(batch)):
@@ -296,10 +299,10 @@ class Dispatcher:
     def on_lost(self, slot: Slot, lost: Lost) -> None:
         """A child died: the call that ran fails, its neighbours are run again."""
         if self._closed:
-            return  # the worker leaves: what is not acked goes to another one
+            give_back(lost, self._outbox)
+            return
         if lost.running is not None:
             _log.warning("child.lost", slot=slot.number, reason=lost.message)
-        if lost.running is not None:
             batch, counter = lost.running
             payload = encode_failure(lost.reason, lost.message)
             self.on_results(slot, batch, [Result(counter, Status.FAILED, payload)])

@@ -371,7 +371,8 @@ class Intake:
         self.counts["frames"] += 1
         self.counts["calls"] += len(frame.calls)
         holding.suspect = tap.suspects
-        if delivery.redelivered:
+        # At most once: who had it before has not started it without a lease, which is ours then.
+        if delivery.redelivered and not frame.spec.at_most_once:
             self._strike(tap, holding) if tap.suspects else self._suspect(tap, holding)
         elif not self._late(holding) and self._wanted(holding):
             self._admit(holding)

@@ -281,7 +281,7 @@ class Leases:
             for holding in self._hands.holdings():
                 if self._is_to_be_claimed(holding):
                     running = self._dispatcher.unfinished(holding)
-                    if running and not holding.convoys:
+                    if running:
                         self._ask(holding, running, None)
             self._ask_again()
             await asyncio.sleep(_LOOK_EVERY_S)
@@ -340,12 +340,14 @@ class Leases:
     # ── the end ──────────────────────────────────────────────────────────────
 
     def give_up(self) -> None:
-        """The children are gone: what they ran is for others, or was its only run."""
+        """The children are gone: what they have not begun, or not yet stored, is for others."""
         for holding in list(self._leased.values()):
+            if holding.waiting:
+                self._outbox.hand_back(holding, holding.take_waiting())
             left = self._dispatcher.unfinished(holding)
             calls = [call for call in holding.frame.calls if call.counter in left]
-            if holding.frame.spec.at_most_once:
-                reason = f"its worker {self._worker} was stopped while it ran"
+            if calls and holding.frame.spec.at_most_once:
+                reason = f"its worker {self._worker} was stopped before its result was stored"
                 self._outbox.failure(holding, calls, WorkerLost, reason)
             elif calls:
                 self._outbox.hand_back(holding, calls)

@@ -64,6 +64,13 @@ class Spool:
                 self._join(holding, result)
         return ready
 
+    def move(self, holding: Holding, leased: Holding) -> None:
+        """Another holding has these calls: what is on its way to the store belongs to it."""
+        for counter in [call.counter for call in leased.frame.calls]:
+            if convoy := holding.convoys.pop(counter, None):
+                convoy.advance = partial(self._release, leased, counter)
+                leased.convoys[counter] = convoy
+
     def needed(self, frame: CallFrame) -> list[ObjectRef]:
         """What must be held on this node before a frame's calls may start."""
         refs = [ref for call in frame.calls if call.refs for ref in call.refs]
@@ -130,7 +137,10 @@ class Spool:
             self._targets.popitem(last=False)[1].release()
 
     def _join(self, holding: Holding, result: Result | SpooledResult) -> None:
-        convoy = holding.convoys.setdefault(result.counter, Convoy())
+        convoy = holding.convoys.get(result.counter)
+        if convoy is None:
+            convoy = Convoy(partial(self._release, holding, result.counter))
+            holding.convoys[result.counter] = convoy
         convoy.ended = result.status is not Status.ITEM
         if isinstance(result, Result):
             convoy.add(result)
@@ -139,13 +149,8 @@ class Spool:
         else:
             upload = self._spawn(self._upload(result))
             convoy.add(upload)
-            upload.add_done_callback(partial(self._advance, holding, result.counter))
-        self._release(holding, result.counter)
-
-    def _advance(self, holding: Holding, counter: int, upload: asyncio.Future[Result]) -> None:
-        """A large result is stored, or never will be."""
-        if not upload.cancelled():
-            self._release(holding, counter)
+            upload.add_done_callback(partial(_advance, convoy))
+        convoy.advance()
 
     def _release(self, holding: Holding, counter: int) -> None:
         convoy = holding.convoys.get(counter)
@@ -204,6 +209,11 @@ class Spool:
 
 class _Ending(StoreError):
     """No thread takes work any more: the program around an embedded cluster has ended."""
+
+
+def _advance(convoy: Convoy, upload: asyncio.Future[Result]) -> None:
+    if not upload.cancelled():
+        convoy.advance()
 
 
 def _target_ref(target: Target) -> ObjectRef:
