@@ -62,7 +62,7 @@ class Questions(ABC):
         self._ask(lambda inquiry: inquiry.order("drain", {"worker": name}))
 
     def queues(self, pools: Sequence[str] = (DEFAULT_POOL,)) -> list[QueueDepth]:
-        """How much waits in the queues of these pools, in the ledger and in our reply queue.
+        """How much waits in these pools, for the orchestrator, and in our reply queue.
 
         Queues that do not exist (yet) are left out.
         """
