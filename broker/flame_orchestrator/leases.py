@@ -88,8 +88,9 @@ class Leases:
     def granted(self, answer: Answer) -> None:
         """A run has the lease on some calls."""
         if answer.granted and not answer.claim.look:
-            client = answer.claim.frame.client
-            self._silence.add(Run(answer.claim.run, client, frozenset(answer.granted)))
+            frame, counters = answer.claim.frame, frozenset(answer.granted)
+            limit_s = frame.spec.limit_s
+            self._silence.add(Run(answer.claim.run, frame.client, counters, limit_s))
 
     def forget_all(self) -> None:
         """Another one leads."""
@@ -145,9 +146,13 @@ class Leases:
             told: dict[str, Plain] = {"epoch": epoch, "lease_s": self._silence.lease_s}
             self._say(ControlFrame(exchange, "leads", told), exchange=exchange)
         for run in self._silence.take_lost():
-            await self._give_up(run, epoch)
+            if not await self._report("lost", run, epoch):
+                self._silence.add(run)  # and it has another lease's time
+        for run in self._silence.overdue():
+            if await self._report("overdue", run, epoch):
+                self._silence.forget(run.run)
 
-    async def _give_up(self, run: Run, epoch: int) -> None:
+    async def _report(self, verb: str, run: Run, epoch: int) -> bool:
         """Write to the custodian about it: what it decides then is said until it is heard."""
         queue = custody_queue(self._key.hex_id).name
         about: dict[str, Plain] = {
@@ -156,12 +161,14 @@ class Leases:
             "run": run.run,
             "epoch": epoch,
         }
-        body = encode(ControlFrame(queue, "lost", about), self._key)
+        body = encode(ControlFrame(queue, verb, about), self._key)
         try:
             await self._transport.publish(queue, body)
         except FlameError as problem:
             _log.warning("lease.not_given_up", run=run.run, reason=str(problem))
-            self._silence.add(run)  # and it has another lease's time
+            return False
+        _log.info("lease.given_up", run=run.run, calls=len(run.counters), reason=verb)
+        return True
 
     def _say(self, frame: ControlFrame, *, exchange: str = "") -> None:
         said = self._transport.publish(
