@@ -42,6 +42,7 @@ from flame_orchestrator.database import in_words
 from flame_orchestrator.leases import LEASE_S, Leases
 from flame_orchestrator.letters import Letter, Writing
 from flame_orchestrator.orders import LOOK
+from flame_orchestrator.roll import Roll
 from flame_orchestrator.scheduler import Scheduler
 from flame_orchestrator.schedules import Schedules
 from flame_orchestrator.session import Answer, News
@@ -118,6 +119,11 @@ class Custodian:
             lease_s=lease_s,
         )
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def roll(self) -> Roll:
+        """The workers of this key that were heard."""
+        return self._leases.roll
 
     async def start(self) -> None:
         """Begin to listen.

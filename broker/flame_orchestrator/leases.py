@@ -21,6 +21,7 @@ from flame_broker.topology import beats_exchange, beats_queue, control_exchange,
 from flame_broker.transport import Delivery, Transport
 from flame_orchestrator.custody import Custody, Run
 from flame_orchestrator.database import in_words
+from flame_orchestrator.roll import Roll
 from flame_orchestrator.session import Answer
 from flame_orchestrator.silence import ECHO_EVERY_S, Silence
 from flame_orchestrator.timekeeper import InThread
@@ -48,6 +49,9 @@ class Leases:
         epoch: Ours; None while another one leads.
         holder: Our name.
         lease_s: How long a run may be silent.
+
+    Attributes:
+        roll: The workers that beat.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Leases:
         self._holder = holder
         self._exchange = beats_exchange(key.hex_id)
         self._silence = Silence(lease_s)
+        self.roll = Roll()
         self._loaded: int | None = None
 
     async def listen(self) -> None:
@@ -106,15 +111,25 @@ class Leases:
             return
         if not isinstance(frame, ControlFrame) or frame.verb != "beat":
             return
-        if frame.arguments.get("worker") == self._holder:
+        worker = frame.arguments.get("worker")
+        if worker == self._holder:
             self._silence.echo()
             return
+        self._enrol(str(worker), frame)
         runs = frame.arguments.get("runs")
         unknown = self._silence.beat(map(str, runs)) if isinstance(runs, tuple) else []
         if unknown and self._loaded is not None and self._loaded == self._epoch():
             reply = str(frame.arguments.get("reply", ""))
             told: dict[str, Plain] = {"runs": tuple(unknown), "epoch": self._loaded}
             self._say(ControlFrame(reply, "reclaim", told))
+
+    def _enrol(self, worker: str, beat: ControlFrame) -> None:
+        """Orchestrators beat too, without facts."""
+        facts = beat.arguments.get("facts")
+        if isinstance(facts, bytes):
+            self.roll.hear(worker, facts)
+        elif beat.arguments.get("leaves"):
+            self.roll.forget(worker)
 
     # ── time passes ──────────────────────────────────────────────────────────
 
