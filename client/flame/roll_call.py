@@ -16,7 +16,7 @@ __all__ = ["roll_call"]
 
 
 class _Known(NamedTuple):
-    silent_s: float
+    heard_at: float  # in seconds since 1970, by our clock
     facts: Facts
 
 
@@ -74,12 +74,13 @@ def _read(*row: Plain) -> tuple[str, _Known]:
             facts |= unfold(folded)
         except MalformedMessage:
             facts["labels"] = "of another version: it cannot be read here"
-    return str(name), _Known(silent_s if isinstance(silent_s, (int, float)) else 0.0, facts)
+    silence_s = silent_s if isinstance(silent_s, (int, float)) else 0.0
+    return str(name), _Known(round(time() - silence_s, 3), facts)
 
 
 def _told(facts: Facts, known: _Known | None, *, answers: bool) -> Facts:
     """Facts with times in place of seconds: other clocks than ours do not count."""
-    heard_at = None if known is None else round(time() - known.silent_s, 3)
+    heard_at = None if known is None else known.heard_at
     said_at = time() if answers or heard_at is None else heard_at
     told: dict[str, Plain] = {
         **facts,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from flame_broker.facts import unfold
 from flame_broker.frames import open_frame
 from flame_broker.messages import Claim, ControlFrame, Plain, ResultFrame
-from flame_broker.topology import custody_queue
+from flame_broker.topology import beats_exchange, beats_queue, custody_queue
 from flame_broker.transport import Delivery
 from flame_worker import leases
+from flame_worker.running import running_calls
 from lab.bench import CALLS, KEYRING, SUSPECTS, Bench, bench, frame_of
 from lab.wait import eventually
 
@@ -263,3 +265,32 @@ async def test_a_frame_that_comes_again_after_its_handover_is_acked_at_once(
         for slot in lab.slots:
             slot.finish()
         await eventually(lambda: 1 in custodian.results, 10)
+
+
+# ── heartbeats ───────────────────────────────────────────────────────────────
+
+
+async def test_heartbeats_say_what_runs_and_the_last_one_that_we_leave(tmp_path: Path) -> None:
+    heard: list[Mapping[str, Plain]] = []
+
+    def hear(delivery: Delivery) -> None:
+        frame = open_frame(delivery.body, KEYRING, queue=beats_exchange(KEY.hex_id)).frame
+        assert isinstance(frame, ControlFrame)
+        heard.append(frame.arguments)
+
+    async with bench(tmp_path, slots=2) as lab:
+        ear = beats_queue(KEY.hex_id, "test")
+        await lab.broker.declare_exchange(beats_exchange(KEY.hex_id), "fanout")
+        await lab.broker.declare(ear)
+        await lab.broker.consume(ear.name, hear, prefetch=0)
+        lab.leases._facts = lambda: {"running": running_calls(lab.slots, 60.0)}
+        await lab.submit(frame_of([1]))
+        await eventually(lambda: lab.slots[0].batches, 10)
+        lab.slots[0].batches[0].given_at = 20.0
+        lab.leases.reconnected()
+        await lab.leases.say_goodbye()
+        await eventually(lambda: len(heard) == 2, 10)
+    folded = heard[0]["facts"]
+    assert isinstance(folded, bytes)
+    assert unfold(folded) == {"running": (("c0-1", "", 40.0),)}
+    assert (heard[1]["leaves"], "facts" in heard[1]) == (True, False)
