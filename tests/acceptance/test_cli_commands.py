@@ -21,7 +21,7 @@ import flame
 from flame_broker.facts import unfold
 from flame_broker.keys import Key, generate_key
 from flame_broker.topology import control_exchange
-from lab.cluster import LabCluster, LabWorker
+from lab.cluster import LabCluster
 from lab.ports import free_port
 from lab.processes import Process
 from lab.rabbit import RabbitNode
@@ -256,16 +256,19 @@ def test_a_worker_that_was_killed_is_listed_with_what_it_ran_and_one_that_left_i
 ) -> None:
     cluster.orchestrator()
     gone, left = cluster.worker("--slots", "1"), cluster.worker("--slots", "1", "--pool", "gpu")
+    names = [worker.health["worker"] for worker in (gone, left)]
     with cluster.client() as client, flame.Runner("t", client=client) as runner:
         future = runner.service(nap)(60)
-        wait_until(lambda: gone.health.get("busy"), 20, "the call to start")
-        wait_until(lambda: _remembered(client, left), 20, "a heartbeat of the other worker")
-        wait_until(lambda: _remembered(client, gone).get("running"), 20, "one that tells of it")
+        wait_until(
+            lambda: _remembered(client, names[0]).get("running"), 30, "the call to be heard of"
+        )
+        wait_until(lambda: _remembered(client, names[1]), 20, "a heartbeat of the other worker")
         (row,) = [r for r in answer(run("workers", "--json")) if r["pool"] == "default"]
         assert [call["id"] for call in row["running"]] == [future.id]
         assert row["silent_since"] is None
         gone.kill()
         left.terminate()
+        wait_until(lambda: not _remembered(client, names[1]), 20, "it to be forgotten")
         (silent,) = answer(run("workers", "--json"))
         future.cancel()
     assert (silent["worker"], silent["busy"]) == (row["worker"], 1)
@@ -277,10 +280,9 @@ def test_a_worker_that_was_killed_is_listed_with_what_it_ran_and_one_that_left_i
     assert f"{row['worker']} does not answer" in refused.stderr
 
 
-def _remembered(client: flame.Client, worker: LabWorker) -> dict[str, Any]:
+def _remembered(client: flame.Client, worker: str) -> dict[str, Any]:
     """What the orchestrator has heard of a worker."""
-    name = worker.health["worker"]
-    rows: Any = client._ask(lambda inquiry: inquiry.ask("workers", worker=name))["workers"]
+    rows: Any = client._ask(lambda inquiry: inquiry.ask("workers", worker=worker))["workers"]
     return {k: v for _, _, folded in rows for k, v in unfold(folded).items()}
 
 
