@@ -132,6 +132,19 @@ async def test_a_run_that_is_refused_ends_and_tells_nobody(tmp_path: Path) -> No
         assert (lab.results, custodian.results, lab.leases.held) == ([], [], 0)
 
 
+async def test_a_run_that_is_taken_away_ends_and_tells_nobody(tmp_path: Path) -> None:
+    async with handover(tmp_path) as (lab, custodian):
+        await lab.submit(frame_of([1]))
+        claim = await custodian.asked()
+        custodian.answer()
+        await eventually(lambda: lab.leases.held, 10)
+        custodian.say("leased", run=claim.run, granted=(), refused=(1,))
+        assert lab.slots[0].cancels == [1]
+        lab.slots[0].finish()
+        await eventually(lambda: not lab.leases.held, 10)
+        assert (lab.results, custodian.results) == ([], [])
+
+
 async def test_without_an_answer_the_result_goes_to_the_client_and_waits_for_the_orchestrator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
