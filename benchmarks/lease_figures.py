@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -127,6 +127,7 @@ def _share(process: psutil.Process, work: Callable[[], None]) -> float:
 async def _beat(system: FlameSystem, process: psutil.Process) -> float:
     """Play the workers: claim their calls, then beat; the orchestrator's share of a core."""
     from flame_broker.connect import open_transport
+    from flame_broker.facts import fold
     from flame_broker.frames import encode
     from flame_broker.keys import Key
     from flame_broker.messages import Call, CallFrame, CallSpec, Claim, ControlFrame, Target
@@ -148,7 +149,12 @@ async def _beat(system: FlameSystem, process: psutil.Process) -> float:
     bodies = []
     for number in range(WORKERS):
         held = tuple(islice(runs, number, None, WORKERS))
-        said = {"worker": f"worker{number}", "reply": "nobody", "runs": held}
+        said = {
+            "worker": f"worker{number}",
+            "reply": "nobody",
+            "runs": held,
+            "facts": fold(_facts_of(number, held)),
+        }
         bodies.append(encode(ControlFrame(exchange, "beat", said), key))
     before, started = sum(process.cpu_times()[:2]), time.perf_counter()
     for beat in range(int(LISTENED_S / BEAT_EVERY_S) * WORKERS):
@@ -161,6 +167,19 @@ async def _beat(system: FlameSystem, process: psutil.Process) -> float:
     elapsed = time.perf_counter() - started
     await transport.close()
     return float(spent) / elapsed
+
+
+def _facts_of(number: int, runs: tuple[str, ...]) -> dict[str, Any]:
+    """About as much as a worker says of itself."""
+    return {
+        "worker": f"worker{number}", "pool": "default", "host": f"node{number}.cluster.example",
+        "pid": 4711, "slots": 16, "busy": len(runs), "held": len(runs), "gpus": 0,
+        "capacity": "cpu=16,mem=64g", "python": "3.12.3", "format": 1,
+        "store": "s3://bucket/prefix?endpoint=https://store.cluster.example:9000",
+        "connected": True, "draining": False, "started_at": time.time(), "clock": time.time(),
+        "labels": "rack=b12", "count_frames": 1000, "count_calls": 100_000,
+        "running": tuple((f"0123456789-{number}", "train.model", 123.456) for _ in range(16)),
+    }  # fmt: skip
 
 
 FIGURES: dict[str, Callable[[Driver], Figure]] = {

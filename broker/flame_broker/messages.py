@@ -157,6 +157,11 @@ class CallSpec:
     exit_codes: tuple[int, ...] = ()
     at_most_once: bool = False
 
+    @property
+    def limit_s(self) -> float:
+        """How long a call may run until its worker ends it; 0 for ever."""
+        return self.timeout_s + self.grace_s if self.timeout_s else 0.0
+
 
 class Call(NamedTuple):
     """One call of a frame.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from time import time
 
-from flame_broker.errors import FlameError, Quarantined, WorkerLost
+from flame_broker.errors import CallTimeout, FlameError, Quarantined, WorkerLost
 from flame_broker.keys import Key
 from flame_broker.messages import (
     MAX_STRIKES,
@@ -17,15 +17,16 @@ from flame_broker.messages import (
     CallFrame,
     Claim,
     Result,
+    ResultFrame,
     Status,
     Suspicion,
 )
 from flame_broker.outcomes import encode_failure
 from flame_broker.topology import suspects_beside
-from flame_orchestrator.attempts import Kept
+from flame_orchestrator.attempts import Kept, decide
 from flame_orchestrator.states import CallState
 
-__all__ = ["grant", "lose", "release"]
+__all__ = ["grant", "lose", "overrun", "release"]
 
 
 def grant(row: Kept, claim: Claim, call: Call, key: Key) -> bool:
@@ -81,6 +82,18 @@ def lose(row: Kept, run: object, mark: bytes, key: Key) -> Result | None:
     )
     row.wait(0.0, row.reason)
     return None
+
+
+def overrun(row: Kept, run: object, mark: bytes) -> Result | None:
+    """Its worker has not ended it in time: it ends as if it had, which the client may be told."""
+    if row.ended_at is None and (row.state != CallState.RUNNING.value or row.run != run):
+        return None
+    reason = (
+        f"the call ran longer than its timeout of {row.frame.spec.timeout_s:g} s, and its worker "
+        f"{row.worker} did not end it: `flame workers show {row.worker}` says whether it is well"
+    )
+    final = Result(row.counter, Status.FAILED, encode_failure(CallTimeout, reason))
+    return decide(row, final, ResultFrame("", row.client, row.worker, (final,), row.attempt), mark)
 
 
 def _is_suspect(frame: CallFrame) -> bool:

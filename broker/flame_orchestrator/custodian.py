@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import time
@@ -31,6 +31,7 @@ from flame_broker.topology import (
     SET_ASIDE_HEADER,
     calls_exchange,
     control_exchange,
+    control_queue,
     custody_queue,
     dead_beside,
     work_queue,
@@ -41,6 +42,7 @@ from flame_orchestrator.database import in_words
 from flame_orchestrator.leases import LEASE_S, Leases
 from flame_orchestrator.letters import Letter, Writing
 from flame_orchestrator.orders import LOOK
+from flame_orchestrator.roll import Roll
 from flame_orchestrator.scheduler import Scheduler
 from flame_orchestrator.schedules import Schedules
 from flame_orchestrator.session import Answer, News
@@ -117,6 +119,11 @@ class Custodian:
             lease_s=lease_s,
         )
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def roll(self) -> Roll:
+        """The workers of this key that were heard."""
+        return self._leases.roll
 
     async def start(self) -> None:
         """Begin to listen.
@@ -242,7 +249,7 @@ class Custodian:
             self._time.expect(news.awaited)
             self._time.look(news.ended)
             await self._pass_on(news, epoch)
-            await asyncio.gather(*map(self._say_again, letters))
+            await asyncio.gather(*(self._say_again(letter, epoch) for letter in letters))
         for delivery in taken:
             delivery.ack()
 
@@ -264,16 +271,25 @@ class Custodian:
         _log.warning("custody.refused", reason="no letter, or with what no database can hold")
         return None
 
-    async def _say_again(self, letter: Letter) -> None:
+    async def _say_again(self, letter: Letter, epoch: int) -> None:
         """Tell the workers of a cancel, now that it is written down.
 
         One that was connected only after its client said it has asked us before, or hears it now.
         """
         frame = letter.frame
-        if isinstance(frame, ControlFrame) and frame.verb == "cancel":
+        if not isinstance(frame, ControlFrame):
+            return
+        if frame.verb == "cancel":
             exchange = control_exchange(self._key.hex_id)
             body = encode(ControlFrame(exchange, frame.verb, frame.arguments), self._key)
             await self._transport.publish("", body, exchange=exchange, mandatory=False)
+        elif frame.verb == "overdue" and frame.arguments.get("epoch") == epoch:
+            await self._take_away(str(frame.arguments.get("run")), sorted(letter.counters), epoch)
+
+    async def _take_away(self, run: str, counters: Sequence[int], epoch: int) -> None:
+        """Have one worker stop its run. A cancel would reach the next attempt too, elsewhere."""
+        ear = control_queue(self._key.hex_id, run.rpartition("/")[0]).name
+        await self._tell_run(ear, run, (), tuple(counters), epoch)
 
     async def _pass_on(self, news: News, epoch: int) -> None:
         """Say what was decided to whom it concerns."""
@@ -285,16 +301,18 @@ class Custodian:
 
     async def _answer(self, answer: Answer, epoch: int) -> None:
         self._leases.granted(answer)
+        claim = answer.claim
+        await self._tell_run(claim.reply, claim.run, answer.granted, answer.refused, epoch)
+
+    async def _tell_run(
+        self, ear: str, run: str, granted: tuple[int, ...], refused: tuple[int, ...], epoch: int
+    ) -> None:
         told: dict[str, Plain] = {
-            "run": answer.claim.run,
-            "granted": answer.granted,
-            "refused": answer.refused,
-            "epoch": epoch,
-        }
-        reply = answer.claim.reply
-        body = encode(ControlFrame(reply, "leased", told), self._key)
+            "run": run, "granted": granted, "refused": refused, "epoch": epoch
+        }  # fmt: skip
+        body = encode(ControlFrame(ear, "leased", told), self._key)
         # To a worker that is gone: what it runs is given up when its lease has ended.
-        await self._transport.publish(reply, body, mandatory=False, persistent=False)
+        await self._transport.publish(ear, body, mandatory=False, persistent=False)
 
     async def _set_aside(self, frame: CallFrame, reason: str) -> None:
         """To the dead ones of its pool, as a worker does it."""

@@ -73,11 +73,13 @@ class Run(NamedTuple):
         run: Its name.
         client: Whose calls.
         counters: Which.
+        limit_s: How long its worker lets them run; 0 for ever.
     """
 
     run: str
     client: str
     counters: frozenset[int]
+    limit_s: float = 0.0
 
 
 class Custody:
@@ -169,12 +171,16 @@ class Custody:
     def runs(self) -> list[Run]:
         """The runs that have leases."""
         running = and_(kept.c.key_id == self._key.hex_id, kept.c.state == CallState.RUNNING.value)
-        wanted = select(kept.c.run, kept.c.client, kept.c.counter).where(running)
-        found: dict[tuple[str, str], set[int]] = {}
+        wanted = select(kept.c.run, kept.c.client, kept.c.counter, kept.c.body).where(running)
+        found: dict[str, Run] = {}
         with self._engine.connect() as connection:
             for row in connection.execute(wanted):
-                found.setdefault((row.run, row.client), set()).add(row.counter)
-        return [Run(run, client, frozenset(numbers)) for (run, client), numbers in found.items()]
+                run = found.get(row.run)
+                if run is None:
+                    limit_s = _call_frame(row.body).spec.limit_s
+                    run = Run(row.run, row.client, frozenset(), limit_s)
+                found[row.run] = run._replace(counters=run.counters | {row.counter})
+        return [*found.values()]
 
     def lift_bars(self, epoch: int, before: float, among: Mapping[str, set[int]] | None) -> Lifted:
         """Let calls go on whose awaited calls have succeeded, or for which there is a place now.

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,7 +20,7 @@ from flame_broker.errors import FlameError
 from flame_broker.frames import open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
-from flame_broker.messages import CallFrame, ControlFrame, ResultFrame
+from flame_broker.messages import CallFrame, ControlFrame, Plain, ResultFrame
 from flame_broker.store import open_store
 from flame_broker.topology import calls_exchange, ledger_queue, questions_queue
 from flame_broker.transport import Delivery, QueueSpec, Transport
@@ -33,6 +33,7 @@ from flame_orchestrator.leases import LEASE_S
 from flame_orchestrator.ledger import Arrival, Ledger
 from flame_orchestrator.log_keeper import LogKeeper
 from flame_orchestrator.orders import Orders
+from flame_orchestrator.roll import Roll
 from flame_orchestrator.schedules import Schedules
 
 __all__ = ["Orchestrator", "OrchestratorSettings"]
@@ -94,6 +95,7 @@ class Orchestrator:
         self._engine: Engine | None = None
         self._leaving = False
         self._clock = Clock()
+        self._rolls: dict[str, Roll] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._custodies: list[Custody] = []
         self._custodians: list[Custodian] = []
@@ -114,6 +116,7 @@ class Orchestrator:
         self._orders = Orders(self._transport, engine, self._in_thread)
         for question, answer in self._orders.questions.items():
             self._answers.add(question, answer)
+        self._answers.add("workers", self._call_roll)
         self._log_keeper = self._keep_logs(engine)
         await self._transport.open()
         for key in self.settings.keyring:
@@ -166,6 +169,7 @@ class Orchestrator:
             lease_s=self.settings.lease_s,
         )
         self._custodians.append(custodian)
+        self._rolls[key.hex_id] = custodian.roll
         await custodian.start()
 
     def _keep_logs(self, engine: Engine) -> LogKeeper:
@@ -271,6 +275,9 @@ class Orchestrator:
             return
         if isinstance(frame, ControlFrame):
             self._later(self._answers.answer(frame, key))
+
+    async def _call_roll(self, asked: Mapping[str, Any], key: Key) -> dict[str, Plain]:
+        return self._rolls[key.hex_id].answer(asked)
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)

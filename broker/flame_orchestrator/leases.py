@@ -21,6 +21,7 @@ from flame_broker.topology import beats_exchange, beats_queue, control_exchange,
 from flame_broker.transport import Delivery, Transport
 from flame_orchestrator.custody import Custody, Run
 from flame_orchestrator.database import in_words
+from flame_orchestrator.roll import Roll
 from flame_orchestrator.session import Answer
 from flame_orchestrator.silence import ECHO_EVERY_S, Silence
 from flame_orchestrator.timekeeper import InThread
@@ -48,6 +49,9 @@ class Leases:
         epoch: Ours; None while another one leads.
         holder: Our name.
         lease_s: How long a run may be silent.
+
+    Attributes:
+        roll: The workers that beat.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Leases:
         self._holder = holder
         self._exchange = beats_exchange(key.hex_id)
         self._silence = Silence(lease_s)
+        self.roll = Roll()
         self._loaded: int | None = None
 
     async def listen(self) -> None:
@@ -88,8 +93,9 @@ class Leases:
     def granted(self, answer: Answer) -> None:
         """A run has the lease on some calls."""
         if answer.granted and not answer.claim.look:
-            client = answer.claim.frame.client
-            self._silence.add(Run(answer.claim.run, client, frozenset(answer.granted)))
+            frame, counters = answer.claim.frame, frozenset(answer.granted)
+            limit_s = frame.spec.limit_s
+            self._silence.add(Run(answer.claim.run, frame.client, counters, limit_s))
 
     def forget_all(self) -> None:
         """Another one leads."""
@@ -105,15 +111,25 @@ class Leases:
             return
         if not isinstance(frame, ControlFrame) or frame.verb != "beat":
             return
-        if frame.arguments.get("worker") == self._holder:
+        worker = frame.arguments.get("worker")
+        if worker == self._holder:
             self._silence.echo()
             return
+        self._enrol(str(worker), frame)
         runs = frame.arguments.get("runs")
         unknown = self._silence.beat(map(str, runs)) if isinstance(runs, tuple) else []
         if unknown and self._loaded is not None and self._loaded == self._epoch():
             reply = str(frame.arguments.get("reply", ""))
             told: dict[str, Plain] = {"runs": tuple(unknown), "epoch": self._loaded}
             self._say(ControlFrame(reply, "reclaim", told))
+
+    def _enrol(self, worker: str, beat: ControlFrame) -> None:
+        """Orchestrators beat too, without facts."""
+        facts = beat.arguments.get("facts")
+        if isinstance(facts, bytes):
+            self.roll.hear(worker, facts)
+        elif beat.arguments.get("leaves"):
+            self.roll.forget(worker)
 
     # ── time passes ──────────────────────────────────────────────────────────
 
@@ -145,9 +161,13 @@ class Leases:
             told: dict[str, Plain] = {"epoch": epoch, "lease_s": self._silence.lease_s}
             self._say(ControlFrame(exchange, "leads", told), exchange=exchange)
         for run in self._silence.take_lost():
-            await self._give_up(run, epoch)
+            if not await self._report("lost", run, epoch):
+                self._silence.add(run)  # and it has another lease's time
+        for run in self._silence.overdue():
+            if await self._report("overdue", run, epoch):
+                self._silence.forget(run.run)
 
-    async def _give_up(self, run: Run, epoch: int) -> None:
+    async def _report(self, verb: str, run: Run, epoch: int) -> bool:
         """Write to the custodian about it: what it decides then is said until it is heard."""
         queue = custody_queue(self._key.hex_id).name
         about: dict[str, Plain] = {
@@ -156,12 +176,14 @@ class Leases:
             "run": run.run,
             "epoch": epoch,
         }
-        body = encode(ControlFrame(queue, "lost", about), self._key)
+        body = encode(ControlFrame(queue, verb, about), self._key)
         try:
             await self._transport.publish(queue, body)
         except FlameError as problem:
             _log.warning("lease.not_given_up", run=run.run, reason=str(problem))
-            self._silence.add(run)  # and it has another lease's time
+            return False
+        _log.info("lease.given_up", run=run.run, calls=len(run.counters), reason=verb)
+        return True
 
     def _say(self, frame: ControlFrame, *, exchange: str = "") -> None:
         said = self._transport.publish(

@@ -30,7 +30,7 @@ from flame_broker.messages import (
 )
 from flame_broker.outcomes import encode_failure
 from flame_orchestrator.attempts import Kept, decide
-from flame_orchestrator.claims import grant, lose, release
+from flame_orchestrator.claims import grant, lose, overrun, release
 from flame_orchestrator.history import outcome_of
 from flame_orchestrator.ledger import Arrival, Ledger
 from flame_orchestrator.letters import Letter
@@ -291,17 +291,23 @@ class Session:
             case "release":
                 for row in found:
                     release(row, frame.arguments.get("run"), self._key)
-            case "lost" if frame.arguments.get("epoch") == self._epoch:
+            case "lost" | "overdue" if frame.arguments.get("epoch") == self._epoch:
                 for row in found:
-                    self._lose(row, frame.arguments.get("run"), letter.mark)
+                    self._take_from(row, frame, letter.mark)
 
-    def _lose(self, row: Kept, run: object, mark: bytes) -> None:
-        final = lose(row, run, mark, self._key)
+    def _take_from(self, row: Kept, frame: ControlFrame, mark: bytes) -> None:
+        """A run is silent, or goes on for too long: it has this call no more."""
+        run = frame.arguments.get("run")
+        late = frame.verb == "overdue"
+        final = overrun(row, run, mark) if late else lose(row, run, mark, self._key)
+        self._end(row, final)
+        if final is not None and row.state == CallState.QUARANTINED.value:
+            self._news.dead.append((row.frame, row.reason))
+
+    def _end(self, row: Kept, final: Result | None) -> None:
         if final is not None:
             told = ResultFrame(row.reply, row.client, _OUR_NAME, (final,), row.attempt)
             self._stories.append(self._tell(told))
-            if row.state == CallState.QUARANTINED.value:
-                self._news.dead.append((row.frame, row.reason))
 
     # ── cancels ──────────────────────────────────────────────────────────────
 
@@ -316,8 +322,7 @@ class Session:
             final = Result(row.counter, Status.FAILED, payload)
             if row.ended_at is None:
                 row.end(final, mark)
-            told = ResultFrame(row.reply, row.client, _OUR_NAME, (final,), row.attempt)
-            self._stories.append(self._tell(told))
+            self._end(row, final)
 
     def _forgo(self, rows: Iterable[Kept], mark: bytes, reason: str) -> None:
         """What calls wait for did not come about."""
@@ -326,8 +331,7 @@ class Session:
                 final = Result(row.counter, Status.FAILED, encode_failure(CallCancelled, reason))
                 if row.ended_at is None:
                     row.end(final, mark)
-                told = ResultFrame(row.reply, row.client, _OUR_NAME, (final,), row.attempt)
-                self._stories.append(self._tell(told))
+                self._end(row, final)
 
     def _bury(self, letter: Letter) -> None:
         """Remember them for workers that are not there to hear of it."""

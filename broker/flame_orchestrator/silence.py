@@ -1,4 +1,4 @@
-"""How long nothing was heard of the runs that have leases, and whether that means anything."""
+"""How long nothing was heard of the runs that have leases, and which go on for too long."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Final
 from flame_broker.clock import elapsed
 from flame_orchestrator.custody import Run
 
-__all__ = ["ECHO_EVERY_S", "Silence"]
+__all__ = ["ECHO_EVERY_S", "OVERRUN_S", "Silence"]
 
 ECHO_EVERY_S: Final = 1.0
+OVERRUN_S: Final = 90.0
+"""So long after its limit a run is ended here, whose worker should have ended it.
+
+A worker gives a target a minute to load, which is no part of the limit. The rest is for the way of
+what its call came to.
+"""
 _GAP_S: Final = 3.0
 
 
@@ -32,6 +38,7 @@ class Silence:
         self._clock = clock
         self._runs: dict[str, Run] = {}
         self._heard_at: dict[str, float] = {}
+        self._due_at: dict[str, float] = {}
         self._echo_at = float("-inf")
         self._fresh_since = clock()
 
@@ -45,6 +52,7 @@ class Silence:
         """Another one leads."""
         self._runs.clear()
         self._heard_at.clear()
+        self._due_at.clear()
 
     def add(self, run: Run) -> None:
         """A run has got a lease."""
@@ -52,7 +60,15 @@ class Silence:
         if known is not None:
             run = run._replace(counters=run.counters | known.counters)
         self._runs[run.run] = run
-        self._heard_at[run.run] = self._clock()
+        now = self._heard_at[run.run] = self._clock()
+        if run.limit_s:
+            self._due_at.setdefault(run.run, now + run.limit_s + OVERRUN_S)
+
+    def forget(self, run: str) -> None:
+        """A run has no lease any more."""
+        self._runs.pop(run, None)
+        self._heard_at.pop(run, None)
+        self._due_at.pop(run, None)
 
     def beat(self, runs: Iterable[str]) -> list[str]:
         """A worker says that these go on; those of them that have no lease."""
@@ -74,7 +90,7 @@ class Silence:
     def take_lost(self) -> list[Run]:
         """Take out the runs that are lost, and those that ended a lease ago."""
         now = self._clock()
-        if now - self._echo_at > _GAP_S:
+        if self._is_deaf(now):
             return []
         lost = [
             run
@@ -82,5 +98,15 @@ class Silence:
             if now - max(self._heard_at[name], self._fresh_since) > self.lease_s
         ]
         for run in lost:
-            del self._runs[run.run], self._heard_at[run.run]
+            self.forget(run.run)
         return lost
+
+    def overdue(self) -> list[Run]:
+        """The runs that should have ended; what they came to would be here by now."""
+        now = self._clock()
+        if self._is_deaf(now) or now - self._fresh_since <= OVERRUN_S:
+            return []
+        return [self._runs[name] for name, due_at in self._due_at.items() if due_at < now]
+
+    def _is_deaf(self, now: float) -> bool:
+        return now - self._echo_at > _GAP_S

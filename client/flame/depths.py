@@ -16,7 +16,9 @@ from flame_broker.resources import DEFAULT_CLASS
 from flame_broker.topology import (
     calls_queue,
     classes_queue,
+    custody_queue,
     dead_queue,
+    kept_logs_queue,
     ledger_queue,
     parked_queue,
     suspects_queue,
@@ -35,7 +37,8 @@ class QueueDepth:
 
     Attributes:
         pool: The pool that it belongs to; ``""`` for the queues of a whole key or client.
-        kind: ``calls``, ``suspects``, ``dead``, ``parked``, ``ledger`` or ``replies``.
+        kind: ``calls``, ``suspects``, ``dead``, ``parked``, ``ledger``, ``custody``, ``logs`` or
+            ``replies``.
         resources: The resource class of calls.
         priority: The priority of calls.
         messages: Messages that nobody has taken yet; one may hold up to 256 calls.
@@ -78,6 +81,8 @@ async def depths(
         await count(dead_queue(key_id, pool), "dead", pool)
         await count(parked_queue(key_id, pool), "parked", pool)
     await count(ledger_queue(key_id), "ledger")
+    await count(custody_queue(key_id), "custody")
+    await count(kept_logs_queue(key_id), "logs")
     await count(QueueSpec(reply_queue), "replies")
     return found
 

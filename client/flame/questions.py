@@ -57,12 +57,29 @@ class Questions(ABC):
         """
         return self._ask(lambda inquiry: inquiry.workers(timeout_s, enough))
 
+    def roll_call(self, timeout_s: float = 1.0, *, name: str = "") -> list[Facts]:
+        """The same, and of those that do not answer what an orchestrator has heard last.
+
+        Each has ``answers``, ``heard_at`` (its last heartbeat, in seconds since 1970; None where no
+        orchestrator has heard it) and ``running``: calls with ``id``, ``label`` and ``since_at``.
+
+        Args:
+            timeout_s: How long to wait for answers.
+            name: Only this worker; then without waiting for others.
+
+        Raises:
+            ConfigError: The broker has no fan-out, so workers cannot be asked.
+        """
+        from flame.roll_call import roll_call
+
+        return self._ask(lambda inquiry: roll_call(inquiry, timeout_s, name))
+
     def drain_worker(self, name: str) -> None:
         """Tell a worker to finish what runs, hand back the rest and leave. Does not wait for it."""
         self._ask(lambda inquiry: inquiry.order("drain", {"worker": name}))
 
     def queues(self, pools: Sequence[str] = (DEFAULT_POOL,)) -> list[QueueDepth]:
-        """How much waits in the queues of these pools, in the ledger and in our reply queue.
+        """How much waits in these pools, for the orchestrator, and in our reply queue.
 
         Queues that do not exist (yet) are left out.
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,9 @@ from flame_broker.errors import CallError
 from flame_cli.connecting import asking, connected
 from flame_cli.exits import DONE, WORK_FAILED
 from flame_cli.options import CallId, ContextName, Json, checked
-from flame_cli.tables import Column, show_record, show_table
+from flame_cli.outcome import outcome_of, value_of
+from flame_cli.tables import Column, json_text, show_json, show_record, show_table
+from flame_cli.waiting import wait_for
 
 if TYPE_CHECKING:
     import flame
@@ -94,23 +95,38 @@ def result(
         float | None, typer.Option("--timeout", min=0, help="Wait so many seconds at most.")
     ] = None,
     context: ContextName = None,
+    json: Json = False,
 ) -> None:
     """Print what a call returned, waited for; what it raised is raised here.
 
+    With --json: its id, label and state; its "value" where it is plain data, else its "repr" and
+    "type"; and its "error", with type and message. The exit code is 1 if it did not succeed.
+
     \b
-    Example:
+    Examples:
       flame result "$(flame ps --limit 1 | awk 'NR == 2 {print $1}')" -o result.txt
+      flame result "$(flame ps --limit 1 | awk 'NR == 2 {print $1}')" --json
     """
     import flame
 
+    succeeded = True
     with connected(context) as client:
-        value = _outcome(flame.attach(checked(call), client=client), timeout_s)
+        future = flame.attach(checked(call), client=client)
+        if json:
+            future.wait(timeout_s)
+            succeeded = future.went_well()
+            found = outcome_of(future, client.story(call))
+            found |= value_of(future.result(0)) if succeeded else {}
+            value: Any = f"{json_text(found)}\n"
+        else:
+            value = _outcome(future, timeout_s)
     if output is None:
-        typer.echo(value if isinstance(value, str) else repr(value))
+        typer.echo(value if isinstance(value, str) else repr(value), nl=not json)
     elif isinstance(value, bytes):
         output.write_bytes(value)
     else:
         output.write_text(value if isinstance(value, str) else f"{value!r}\n")
+    sys.exit(DONE if succeeded else WORK_FAILED)
 
 
 def wait(
@@ -121,23 +137,28 @@ def wait(
         float | None, typer.Option("--timeout", min=0, help="Seconds for all together.")
     ] = None,
     context: ContextName = None,
+    json: Json = False,
 ) -> None:
     """Wait until calls have ended; the exit code is 1 if one of them did not succeed.
 
+    On a terminal it shows which are not over yet. With --json it prints them all at the end: id,
+    label, state, and the error with type and message; `flame result` has what they returned.
+
     \b
-    Example:
+    Examples:
       flame wait "$(flame ps --limit 1 | awk 'NR == 2 {print $1}')" --timeout 60
+      flame wait "$(flame ps --limit 1 | awk 'NR == 2 {print $1}')" --json
     """
     import flame
 
-    until = None if timeout_s is None else time.monotonic() + timeout_s
     with connected(context) as client:
         futures = [flame.attach(checked(call), client=client) for call in calls]
-        for future in futures:
-            left = None if until is None else max(0.0, until - time.monotonic())
-            if not future.wait(left):
-                raise CallError(f"{future.id} has not ended after {timeout_s:g} s", future.id)
+        late = wait_for(futures, timeout_s)
         failed = [future for future in futures if not future.went_well()]
+        if json:
+            show_json([outcome_of(future, client.story(future.id)) for future in futures])
+    if late:
+        raise CallError(f"{late[0].id} has not ended after {timeout_s:g} s", late[0].id)
     for future in failed:
         typer.echo(
             f"{future.id} ({future.label}) did not succeed: flame show {future.id}", err=True

@@ -36,7 +36,8 @@ def queues(
 
     What a worker has taken is not counted. Calls wait by resource class and priority; "suspects"
     are run alone because their worker was lost, "dead" nobody can run, "parked" needs another key
-    or version, "ledger" holds results whose client is gone, and "replies" is this command's own.
+    or version, "ledger", "custody" and "logs" are for the orchestrator, which keeps the history,
+    calls that need time, and what calls print; "replies" is this command's own.
 
     \b
     Examples:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import typer
 
-__all__ = ["Column", "show_json", "show_record", "show_table"]
+__all__ = ["Column", "json_text", "show_json", "show_record", "show_table"]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _NOTHING = "-"
@@ -83,7 +83,12 @@ def show_record(record: Mapping[str, Any], *, as_json: bool = False) -> None:
 
 def show_json(value: object) -> None:
     """Print JSON; times are ISO 8601 in UTC, durations are seconds."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_jsonable))
+    typer.echo(json_text(value))
+
+
+def json_text(value: object) -> str:
+    """What ``show_json`` prints."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=_jsonable)
 
 
 def _jsonable(value: object) -> object:

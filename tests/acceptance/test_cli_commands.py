@@ -18,6 +18,7 @@ import pika
 import pytest
 
 import flame
+from flame_broker.facts import unfold
 from flame_broker.keys import Key, generate_key
 from flame_broker.topology import control_exchange
 from lab.cluster import LabCluster
@@ -248,6 +249,41 @@ def test_a_drained_worker_finishes_the_call_that_it_runs(cluster: LabCluster, ru
         assert run("workers", "drain", worker.health["worker"]).returncode == 0
         assert future.get(timeout=20) is None
     assert worker.wait(20) == 0
+
+
+def test_a_worker_that_was_killed_is_listed_with_what_it_ran_and_one_that_left_is_not(
+    cluster: LabCluster, run: Run
+) -> None:
+    cluster.orchestrator()
+    gone, left = cluster.worker("--slots", "1"), cluster.worker("--slots", "1", "--pool", "gpu")
+    names = [worker.health["worker"] for worker in (gone, left)]
+    with cluster.client() as client, flame.Runner("t", client=client) as runner:
+        future = runner.service(nap)(60)
+        wait_until(
+            lambda: _remembered(client, names[0]).get("running"), 30, "the call to be heard of"
+        )
+        wait_until(lambda: _remembered(client, names[1]), 20, "a heartbeat of the other worker")
+        (row,) = [r for r in answer(run("workers", "--json")) if r["pool"] == "default"]
+        assert [call["id"] for call in row["running"]] == [future.id]
+        assert row["silent_since"] is None
+        gone.kill()
+        left.terminate()
+        wait_until(lambda: not _remembered(client, names[1]), 20, "it to be forgotten")
+        (silent,) = answer(run("workers", "--json"))
+        future.cancel()
+    assert (silent["worker"], silent["busy"]) == (row["worker"], 1)
+    assert [call["label"] for call in silent["running"]] == ["nap"]
+    assert silent["silent_since"] == silent["last_heartbeat"]
+    assert future.id in run("workers", "show", row["worker"]).stdout
+    refused = run("workers", "drain", row["worker"])
+    assert refused.returncode == 1
+    assert f"{row['worker']} does not answer" in refused.stderr
+
+
+def _remembered(client: flame.Client, worker: str) -> dict[str, Any]:
+    """What the orchestrator has heard of a worker."""
+    rows: Any = client._ask(lambda inquiry: inquiry.ask("workers", worker=worker))["workers"]
+    return {k: v for _, _, folded in rows for k, v in unfold(folded).items()}
 
 
 # --- queues ------------------------------------------------------------------------------------

@@ -97,13 +97,23 @@ def test_calls_of_a_killed_program_are_found_again_by_their_ids(
     raised = cluster.command("result", ids[3])
     assert raised.returncode == 1
     assert "three is wrong" in raised.stderr
+    told = cluster.command("result", ids[3], "--json")
+    assert told.returncode == 1
+    error = json.loads(told.stdout)["error"]
+    assert error == {"type": "ValueError", "message": "three is wrong"}
+    told = cluster.command("result", ids[4], "--json")
+    assert json.loads(told.stdout) == {
+        "id": ids[4], "label": failed["label"], "state": "succeeded", "error": None, "value": 40
+    }  # fmt: skip
 
     late = cluster.command("wait", ids[5], "--timeout", "0.5")
     assert late.returncode == 1
     assert "has not ended" in late.stderr
     gate.touch()
     assert cluster.command("wait", ids[0], ids[5], "--timeout", "30").returncode == 0
-    assert cluster.command("wait", ids[3]).returncode == 1
+    told = cluster.command("wait", ids[3], ids[0], "--json")
+    assert told.returncode == 1
+    assert [call["state"] for call in json.loads(told.stdout)] == ["failed", "succeeded"]
     saved = tmp_path / "result"
     assert cluster.command("result", ids[5], "-o", str(saved)).returncode == 0
     assert saved.read_text() == "at last"

@@ -51,6 +51,7 @@ __all__ = [
     "letter",
     "lost",
     "outcome",
+    "overdue",
     "release",
 ]
 
@@ -108,13 +109,17 @@ def letter(frame: Writing) -> Letter:
 def deposit(
     *counters: int, client: str = "c", due: float = 0.0, key: str = "", **changes: Any
 ) -> Letter:
-    """Calls of a client; ``changes`` are fields of ``Deposit``, or ``on`` and ``at_most_once``."""
+    """Calls of a client.
+
+    ``changes`` are fields of ``Deposit``, or ``on``, ``at_most_once`` and ``timeout_s``.
+    """
     on = changes.pop("on", ANY)
     spec = CallSpec(
         Target("m:f"),
         label="work",
         retry_on=on if "retry" in changes else (),
         at_most_once=changes.pop("at_most_once", False),
+        timeout_s=changes.pop("timeout_s", 0.0),
     )
     calls = tuple(Call(counter, b"") for counter in counters)
     frame = CallFrame(CALLS, f"reply.{client}", client, spec, calls)
@@ -176,8 +181,17 @@ def claim(
 
 def lost(*counters: int, epoch: int, run: str = "w/1", client: str = "c") -> Letter:
     """A run was silent for too long."""
+    return _of_a_run("lost", counters, epoch, run, client)
+
+
+def overdue(*counters: int, epoch: int, run: str = "w/1", client: str = "c") -> Letter:
+    """A run goes on that its worker should have ended."""
+    return _of_a_run("overdue", counters, epoch, run, client)
+
+
+def _of_a_run(verb: str, counters: tuple[int, ...], epoch: int, run: str, client: str) -> Letter:
     about: dict[str, Plain] = {"client": client, "counters": counters, "run": run, "epoch": epoch}
-    return letter(ControlFrame(CUSTODY, "lost", about))
+    return letter(ControlFrame(CUSTODY, verb, about))
 
 
 def release(*counters: int, run: str = "w/1", client: str = "c") -> Letter:

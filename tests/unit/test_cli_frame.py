@@ -362,10 +362,12 @@ def test_a_narrow_terminal_leaves_out_what_can_be_spared_and_breaks_no_id_or_tim
         "python": "3.11.12",
         "connected": True,
         "draining": False,
+        "last_heartbeat": started,
+        "silent_since": started,
     }
     show_table([row], workers._COLUMNS)
     header, line = terminal.getvalue().splitlines()
-    assert header.split() == ["WORKER", "POOL", "SLOTS", "BUSY", "GPUS", "STARTED", "DRAINING"]
+    assert header.split() == ["WORKER", "POOL", "SLOTS", "BUSY", "GPUS", "SILENT", "SINCE", "RUNS"]
     assert row["worker"] in line
     assert started.astimezone().strftime("%m-%d %H:%M") in line
     assert max(len(header.rstrip()), len(line.rstrip())) <= 80

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from flame_broker.errors import WorkerLost
+from flame_broker.facts import unfold
 from flame_broker.frames import open_frame
 from flame_broker.memory import MemoryTransport
 from flame_broker.messages import Claim, ControlFrame, Plain, Result, ResultFrame, Status
-from flame_broker.topology import custody_queue, work_queue
+from flame_broker.topology import beats_exchange, beats_queue, custody_queue, work_queue
 from flame_broker.transport import Delivery
 from flame_worker import leases
 from flame_worker.batches import Lost
+from flame_worker.running import running_calls
 from lab.bench import CALLS, KEYRING, SUSPECTS, Bench, bench, frame_of
 from lab.wait import eventually
 
@@ -133,6 +135,19 @@ async def test_a_run_that_is_refused_ends_and_tells_nobody(tmp_path: Path) -> No
         lab.slots[0].finish()
         await eventually(lambda: not lab.intake.held, 10)
         assert (lab.results, custodian.results, lab.leases.held) == ([], [], 0)
+
+
+async def test_a_run_that_is_taken_away_ends_and_tells_nobody(tmp_path: Path) -> None:
+    async with handover(tmp_path) as (lab, custodian):
+        await lab.submit(frame_of([1]))
+        claim = await custodian.asked()
+        custodian.answer()
+        await eventually(lambda: lab.leases.held, 10)
+        custodian.say("leased", run=claim.run, granted=(), refused=(1,))
+        assert lab.slots[0].cancels == [1]
+        lab.slots[0].finish()
+        await eventually(lambda: not lab.leases.held, 10)
+        assert (lab.results, custodian.results) == ([], [])
 
 
 async def test_without_an_answer_the_result_goes_to_the_client_and_waits_for_the_orchestrator(
@@ -333,3 +348,32 @@ async def test_a_worker_that_leaves_gives_back_what_ran_or_says_that_it_is_lost(
         lab.leases.give_up()
         await eventually(lambda: custodian.releases == [("release", (1,))], 10)
         await eventually(lambda: custodian.results == [2], 10)
+
+
+# ── heartbeats ───────────────────────────────────────────────────────────────
+
+
+async def test_heartbeats_say_what_runs_and_the_last_one_that_we_leave(tmp_path: Path) -> None:
+    heard: list[Mapping[str, Plain]] = []
+
+    def hear(delivery: Delivery) -> None:
+        frame = open_frame(delivery.body, KEYRING, queue=beats_exchange(KEY.hex_id)).frame
+        assert isinstance(frame, ControlFrame)
+        heard.append(frame.arguments)
+
+    async with bench(tmp_path, slots=2) as lab:
+        ear = beats_queue(KEY.hex_id, "test")
+        await lab.broker.declare_exchange(beats_exchange(KEY.hex_id), "fanout")
+        await lab.broker.declare(ear)
+        await lab.broker.consume(ear.name, hear, prefetch=0)
+        lab.leases._facts = lambda: {"running": running_calls(lab.slots, 60.0)}
+        await lab.submit(frame_of([1]))
+        await eventually(lambda: lab.slots[0].batches, 10)
+        lab.slots[0].batches[0].given_at = 20.0
+        lab.leases.reconnected()
+        await lab.leases.say_goodbye()
+        await eventually(lambda: len(heard) == 2, 10)
+    folded = heard[0]["facts"]
+    assert isinstance(folded, bytes)
+    assert unfold(folded) == {"running": (("c0-1", "", 40.0),)}
+    assert (heard[1]["leaves"], "facts" in heard[1]) == (True, False)

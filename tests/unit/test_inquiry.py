@@ -15,7 +15,7 @@ from flame_broker.frames import encode
 from flame_broker.keys import Key as ClusterKey
 from flame_broker.keys import generate_key
 from flame_broker.messages import ControlFrame
-from flame_broker.topology import classes_queue
+from flame_broker.topology import classes_queue, custody_queue, kept_logs_queue
 from lab.fake_worker import FakeWorker
 from lab.wait import wait_until
 
@@ -118,6 +118,18 @@ def test_a_class_that_another_key_announced_is_no_class(
     forged = ControlFrame(stream, "class", {"pool": "default", "name": "c8"})
     worker.send(None, stream, body=encode(forged, ClusterKey.parse(generate_key())))
     assert {resources for resources, _ in _depths(client)} == {"c1", "c2"}
+
+
+def test_queues_lists_those_of_an_orchestrator_once_there_was_one(
+    client: flame.Client, worker: FakeWorker
+) -> None:
+    assert {q.kind for q in client.queues()} == {"calls", "replies"}
+    custody, kept = (spec(client.key_id) for spec in (custody_queue, kept_logs_queue))
+    worker.run(worker.transport.declare(custody, kept))
+    worker.send(ControlFrame(custody.name, "tick", {}), custody.name)
+    waiting = {q.name: (q.kind, q.messages) for q in client.queues()}
+    assert waiting[custody.name] == ("custody", 1)
+    assert waiting[kept.name] == ("logs", 0)
 
 
 def _depths(client: flame.Client) -> dict[tuple[str, str], int]:

@@ -32,6 +32,7 @@ class Batch:
 
     Attributes:
         seconds: What the child has spent on its calls so far.
+        given_at: When the slot got it, in loop time.
         printed: By the counter of a call that has printed, the number of its run and of its lines.
     """
 
@@ -42,6 +43,7 @@ class Batch:
     context: object = None
     attempt: int = 1
     seconds: float = field(default=0.0, init=False)
+    given_at: float = field(default=0.0, init=False)
     printed: dict[int, tuple[int, int]] | None = field(default=None, init=False)
 
 

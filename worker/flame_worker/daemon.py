@@ -42,6 +42,7 @@ from flame_worker.intake import Intake
 from flame_worker.leases import Leases
 from flame_worker.outbox import Outbox
 from flame_worker.pool import SlotPool
+from flame_worker.running import running_calls
 from flame_worker.slots import Slot, SlotSettings
 from flame_worker.spool import Spool
 from flame_worker.spool_folder import SpoolFolder
@@ -143,6 +144,7 @@ class Worker:
             outbox=self._outbox,
             dispatcher=self._dispatcher,
             hands=self._intake,
+            facts=self._standing,
         )
         self._tombstones = Tombstones(
             self._transport, settings.keyring, settings.name, self._intake.cancel
@@ -198,6 +200,7 @@ class Worker:
         self._leases.give_up()
         await self._bridge.close()
         await self._outbox.drain(timeout_s=5.0)
+        await self._leases.say_goodbye()
         self._outbox.close()
         await self._transport.close()
         self._spool.close()
@@ -329,7 +332,7 @@ class Worker:
 
     def _answer_hello(self, frame: ControlFrame, key: Key) -> None:
         reply = str(frame.arguments.get("reply", ""))
-        self._answer(ControlFrame(reply, "here", self._facts()), key)
+        self._answer(ControlFrame(reply, "here", self._standing()), key)
 
     def _answer(self, frame: ControlFrame, key: Key) -> None:
         self._outbox.publish(frame.queue, encode(frame, key), lambda: None, otherwise=lambda: None)
@@ -450,6 +453,11 @@ class Worker:
             "labels": ",".join(f"{k}={v}" for k, v in self.settings.labels.items()),
             **{f"count_{name}": n for name, n in self._intake.counts.items()},
         }
+
+    def _standing(self) -> dict[str, Plain]:
+        """The same, and what runs."""
+        now = asyncio.get_running_loop().time()
+        return {**self._facts(), "running": running_calls(self._pool.slots(), now)}
 
 
 def _counters(frame: ControlFrame) -> frozenset[int]:

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from flame_broker.errors import WorkerLost
+from flame_broker.facts import Facts, fold
 from flame_broker.frames import encode
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
@@ -43,6 +44,7 @@ _DEAF_S: Final = 10.0
 
 _BEATS_A_LEASE: Final = 10
 _FIRST_BEAT_S: Final = 3.0
+_GOODBYE_S: Final = 1.0
 
 _Then = Callable[[Holding], None]
 
@@ -67,6 +69,7 @@ class Leases:
         outbox: Takes claims and results.
         dispatcher: Runs calls.
         hands: Has the frames.
+        facts: What heartbeats say about us.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Leases:
         outbox: Outbox,
         dispatcher: Dispatcher,
         hands: Hands,
+        facts: Callable[[], Facts] = dict,
     ) -> None:
         self._transport = transport
         self._keyring = keyring
@@ -85,6 +89,7 @@ class Leases:
         self._outbox = outbox
         self._dispatcher = dispatcher
         self._hands = hands
+        self._facts = facts
         self._runs = 0
         self._asked: dict[str, tuple[Holding, _Then | None]] = {}
         self._leased: dict[str, Holding] = {}
@@ -320,22 +325,24 @@ class Leases:
         self._outbox.store(queue, encode(copy, holding.key), lambda: None)
 
     def _beat(self) -> None:
-        """Say that our runs go on; where nobody listens, that is lost."""
-        if not self._transport.capabilities.fanout:
-            return
+        """Say that our runs go on, and how we are; where nobody listens, that is lost."""
+        facts = fold(self._facts())
         for key in self._keyring:
-            exchange = beats_exchange(key.hex_id)
             runs = (run for run, holding in self._leased.items() if holding.key is key)
-            said: dict[str, Plain] = {
-                "worker": self._worker,
-                "reply": control_queue(key.hex_id, self._worker).name,
-                "runs": tuple(runs),
-            }
-            body = encode(ControlFrame(exchange, "beat", said), key)
-            beaten = self._transport.publish(
-                "", body, exchange=exchange, mandatory=False, persistent=False
-            )
-            beaten.add_done_callback(_forget)
+            self._say(key, {"runs": tuple(runs), "facts": facts})
+
+    def _say(self, key: Key, words: dict[str, Plain]) -> asyncio.Future[None] | None:
+        if not self._transport.capabilities.fanout:
+            return None
+        exchange = beats_exchange(key.hex_id)
+        ear = control_queue(key.hex_id, self._worker).name
+        said: dict[str, Plain] = {"worker": self._worker, "reply": ear, **words}
+        body = encode(ControlFrame(exchange, "beat", said), key)
+        beaten = self._transport.publish(
+            "", body, exchange=exchange, mandatory=False, persistent=False
+        )
+        beaten.add_done_callback(_forget)
+        return beaten
 
     # ── the end ──────────────────────────────────────────────────────────────
 
@@ -351,6 +358,13 @@ class Leases:
                 self._outbox.failure(holding, calls, WorkerLost, reason)
             elif calls:
                 self._outbox.hand_back(holding, calls)
+
+    async def say_goodbye(self) -> None:
+        """The last heartbeat: who leaves by himself is not missed."""
+        said = [self._say(key, {"leaves": True}) for key in self._keyring]
+        on_their_way = [beaten for beaten in said if beaten is not None]
+        if on_their_way:
+            await asyncio.wait(on_their_way, timeout=_GOODBYE_S)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -141,6 +141,7 @@ class Slot:
         if not 0 < len(batch.calls) <= MAX_OUTSTANDING - self.load:
             raise ValueError(f"a slot takes 1 to {MAX_OUTSTANDING} calls at once")
         self.revoked = False
+        batch.given_at = self._loop.time()
         self.batches.append(batch)
         self._hand_over(batch, batch.calls)
 
