@@ -32,8 +32,7 @@ Enough = Callable[[Sequence[Facts]], bool]
 
 _PATIENCE_S: Final = 10.0
 _NO_ORCHESTRATOR: Final = (
-    "the history and the schedules are kept by `flame-orchestrator` beside a broker: start one "
-    "(the embedded cluster has none yet)"
+    "the history and the schedules are kept by `flame-orchestrator` beside the broker: start one"
 )
 _RUNNING_ANSWER_S: Final = 1.0
 _COUNTERS_A_FRAME: Final = 10_000
@@ -156,6 +155,9 @@ class Inquiry:
                 raise NoOrchestrator(_NO_ORCHESTRATOR) from exc
             if not await _wait(answered, patience_s):
                 raise NoOrchestrator(f"no answer within {patience_s:g} s: {_NO_ORCHESTRATOR}")
+        absent = answer.get("absent")
+        if isinstance(absent, str):
+            raise NoOrchestrator(absent)
         problem = answer.get("problem")
         if isinstance(problem, str):
             raise FlameError(f"the orchestrator refused: {problem}")

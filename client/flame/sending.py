@@ -40,8 +40,7 @@ _LOOK_EVERY_S: Final = 0.25
 _MOST_KEPT: Final = 1_000_000  # the orchestrator writes them to its database
 _NO_ORCHESTRATOR: Final = (
     "retry=, delivery='at_most_once' and options() need an orchestrator, and none has ever run on "
-    "this broker with this key: start `flame-orchestrator` beside it (the embedded cluster has "
-    "none yet)"
+    "this broker with this key: start `flame-orchestrator` beside it"
 )
 
 _log = get_logger("flame.client")
