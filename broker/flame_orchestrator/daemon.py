@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -49,9 +50,6 @@ _log = get_logger("flame.orchestrator")
 
 T = TypeVar("T")
 
-_GATHER_S: Final = 0.1
-"""A burst of calls is over by then: reading it meanwhile would take the time from its workers."""
-
 _MOST_FRAMES: Final = 500
 _LAST_WRITE_S: Final = 5.0
 _HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
@@ -73,6 +71,8 @@ class OrchestratorSettings:
         lease_s: How long a worker may be silent before what it runs is given to others.
         keep_log_bytes: How much is kept of what one call prints.
         store_url: The object store, for large logs; None to keep them in the database.
+        gather_s: How long to let frames pile up. A burst of calls is over by then: to read it
+            meanwhile would take the time from its workers.
         look_every_s: How soon to see an outcome that somebody else has written.
     """
 
@@ -84,6 +84,7 @@ class OrchestratorSettings:
     lease_s: float = LEASE_S
     keep_log_bytes: int = 10 * 2**20
     store_url: str | None = None
+    gather_s: float = 0.1
     look_every_s: float = 60.0
 
 
@@ -238,7 +239,9 @@ class Orchestrator:
 
     async def _write(self) -> None:
         backoff, failing = Backoff(), False
-        await asyncio.sleep(_GATHER_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.gather_s):
+                await self._echoed.wait()
         while self._inbox:
             taken = self._inbox[:_MOST_FRAMES]
             try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from flame_broker.errors import CallError
-from flame_cli.connecting import asking, connected
+from flame_cli.connecting import asking, following
 from flame_cli.exits import DONE, WORK_FAILED
 from flame_cli.options import CallId, ContextName, Json, checked
 from flame_cli.tables import Column, show_record, show_table
@@ -103,7 +103,7 @@ def result(
     """
     import flame
 
-    with connected(context) as client:
+    with following(context) as client:
         value = _outcome(flame.attach(checked(call), client=client), timeout_s)
     if output is None:
         typer.echo(value if isinstance(value, str) else repr(value))
@@ -131,7 +131,7 @@ def wait(
     import flame
 
     until = None if timeout_s is None else time.monotonic() + timeout_s
-    with connected(context) as client:
+    with following(context) as client:
         futures = [flame.attach(checked(call), client=client) for call in calls]
         for future in futures:
             left = None if until is None else max(0.0, until - time.monotonic())
@@ -163,12 +163,12 @@ def cancel(
     import flame
 
     rows = []
-    with flame.connect(context=context) as client:
+    with following(context) as client:
         for call in calls:
             future = flame.attach(checked(call), client=client)
             story = client.story(call) or {}
             before = str(story.get("state", ""))
-            ended = story.get("ended_at") is not None or not future.cancel()
+            ended = story.get("ended_at") is not None or not _cancelled(future)
             rows.append({"id": call, "label": future.label, "was": before, "cancelled": not ended})
     if json:
         show_table(rows, _CANCELLED, as_json=True, empty="")
@@ -177,6 +177,22 @@ def cancel(
             what = "is cancelled" if row["cancelled"] else f"had ended before: {row['was']}"
             typer.echo(f"{row['id']} ({row['label']}) {what}")
     sys.exit(DONE if all(row["cancelled"] for row in rows) else WORK_FAILED)
+
+
+def _cancelled(future: flame.ObjectFuture[Any]) -> bool:
+    """Whether it could be cancelled; not if it has ended.
+
+    Raises:
+        CallError: It is out of reach.
+    """
+    done = future.cancel()
+    if not done and not future.done():
+        raise CallError(
+            f"{future.id} ({future.label}) is in the embedded cluster of a program that runs, "
+            "and only that program reaches it: cancel the call there, or end the program",
+            future.id,
+        )
+    return done
 
 
 def _outcome(future: flame.ObjectFuture[Any], timeout_s: float | None) -> Any:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flame_broker.config import load
 from flame_broker.keys import Key, Keyring, generate_key
 from flame_infra.history import EmbeddedHistory
-from flame_worker.daemon import Worker, WorkerSettings
+
+if TYPE_CHECKING:
+    from flame_worker.daemon import Worker
 
 __all__ = ["EmbeddedCluster", "embedded"]
 
@@ -56,6 +59,8 @@ class EmbeddedCluster:
         await self._history.start()
 
     async def _start_worker(self) -> None:
+        from flame_worker.daemon import Worker, WorkerSettings  # not where only questions are asked
+
         self._worker = Worker(
             WorkerSettings(
                 broker_url=self.url,

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedHistory"]
 
 _KEEP_CALLS: Final = 1_000_000
+_GATHER_S: Final = 0.5
+"""The program, its broker and the orchestrator share one interpreter: a burst goes first."""
+
 _LOOK_EVERY_S: Final = 0.5
 _CLEAR_EVERY_S: Final = 5.0
 _LONGEST_START_S: Final = 30.0
@@ -132,6 +135,7 @@ class EmbeddedHistory:
             database_url=url,
             keep_calls=_KEEP_CALLS,
             store_url=self._store_url,
+            gather_s=_GATHER_S,
             look_every_s=_LOOK_EVERY_S,
         )
         return Orchestrator(settings)
