@@ -39,7 +39,7 @@ _GATHER_S: Final = 0.5
 """The program, its broker and the orchestrator share one interpreter: a burst goes first."""
 
 _LOOK_EVERY_S: Final = 0.5
-_CLEAR_EVERY_S: Final = 5.0
+_CLEAR_EVERY_S: Final = 2.0
 _LONGEST_START_S: Final = 30.0
 _ENDED: Final = "the program that made it ended before the call did"
 _KILLED: Final = "the program that made it was killed before the call ended"

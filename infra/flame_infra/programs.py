@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Final
 
 __all__ = ["Programs"]
 
 _SUFFIX: Final = ".program"
+_LONGEST_WAIT_S: Final = 20.0
+_TRY_EVERY_S: Final = 0.05
 
 
 class Programs:
@@ -34,12 +37,12 @@ class Programs:
         """Keep all other programs from coming and from clearing up.
 
         Raises:
-            OSError: The folder cannot be made or read.
+            OSError: The folder cannot be made or read, or one of them has been at it for 20 s.
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         turn = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(turn, fcntl.LOCK_EX)
+            _wait_for(turn, self._folder)
             yield
         finally:
             os.close(turn)
@@ -73,6 +76,23 @@ class Programs:
         if lock is not None:
             self._own.unlink(missing_ok=True)
             os.close(lock)
+
+
+def _wait_for(turn: int, folder: Path) -> None:
+    """Take the lock; a plain wait for it would have no end if a program was stopped."""
+    deadline = monotonic() + _LONGEST_WAIT_S
+    while True:
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if monotonic() > deadline:
+                raise OSError(
+                    f"another program has held the lock on {folder} for {_LONGEST_WAIT_S:g} s; was "
+                    "it stopped? `fuser` names it"
+                ) from None
+            sleep(_TRY_EVERY_S)
+        else:
+            return
 
 
 def _lock_of(mark: Path) -> int | None:
