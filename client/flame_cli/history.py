@@ -58,6 +58,8 @@ def ps(
 ) -> None:
     """List calls, the newest first, with what became of them.
 
+    With no broker configured, those of all programs of this FLAME_HOME.
+
     \b
     Examples:
       flame ps

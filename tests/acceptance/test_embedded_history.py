@@ -192,7 +192,8 @@ def test_a_program_that_ends_in_the_middle_of_calls_says_so_in_the_history(
 
 def test_programs_that_run_at_once_keep_their_own_calls(start: Start) -> None:
     text = """
-        again = runner.service(second_time, retry=flame.Retry(3, backoff=timedelta(seconds=0.5)))(PATH)
+        soon = flame.Retry(3, backoff=timedelta(seconds=0.5))
+        again = runner.service(second_time, retry=soon)(PATH)
         later = runner.service(double).options(not_before=timedelta(seconds=1))(4)
         say(again.result(), later.result())
     """
