@@ -321,7 +321,8 @@ def _close_all() -> None:
             client.close()
         except KeyboardInterrupt:
             # A second Ctrl-C while saying goodbye: leave at once, without a trace.
-            return
+            break
+    leaving.say_how()
 
 
 os.register_at_fork(after_in_child=_after_fork)
