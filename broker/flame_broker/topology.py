@@ -24,6 +24,7 @@ __all__ = [
     "SET_ASIDE_HEADER",
     "beats_exchange",
     "beats_queue",
+    "bound_ledger_queue",
     "calls_exchange",
     "calls_queue",
     "check_pool",
@@ -155,6 +156,11 @@ def ledger_queue(key_id: str) -> QueueSpec:
     return QueueSpec(
         spec.name, spec.kind, arguments={**spec.arguments, "x-message-ttl": _LEDGER_TTL_MS}
     )
+
+
+def bound_ledger_queue(key_id: str) -> QueueSpec:
+    """The same queue, which the broker copies each tracked frame to."""
+    return replace(ledger_queue(key_id), bindings=((calls_exchange(key_id), "#"),))
 
 
 def questions_queue(key_id: str) -> QueueSpec:

@@ -26,6 +26,7 @@ from flame_broker.transport import Transport
 from flame_orchestrator.database import in_words
 from flame_orchestrator.history import History, Outcome
 from flame_orchestrator.states import CallState
+from flame_orchestrator.threads import in_thread
 
 __all__ = ["Answers", "Question"]
 
@@ -47,9 +48,18 @@ class Answers:
         transport: Where the answers go.
         history: What is known.
         thread: Where it is read.
+        look_every_s: How soon to see an outcome that another process has written.
     """
 
-    def __init__(self, transport: Transport, history: History, thread: Executor) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        history: History,
+        thread: Executor,
+        *,
+        look_every_s: float = _LONGEST_WAIT_S,
+    ) -> None:
+        self._look_every_s = look_every_s
         self._transport = transport
         self._history = history
         self._thread = thread
@@ -129,9 +139,7 @@ class Answers:
         ended = asyncio.Event()
         self._waiters[call].add(ended)
         try:
-            outcome = await self._look(call)
-            if outcome is None and await self._ends(ended, asked):
-                outcome = await self._look(call)
+            outcome = await self._look_until(call, ended, asked)
         finally:
             self._waiters[call].discard(ended)
             if not self._waiters[call]:
@@ -141,12 +149,18 @@ class Answers:
         every = (*outcome.items, outcome.final)
         return {"results": tuple(_wire(result) for result in every)}
 
-    async def _ends(self, ended: asyncio.Event, asked: Arguments) -> bool:
-        try:
-            async with asyncio.timeout(min(float(asked.get("wait_s", 0)), _LONGEST_WAIT_S)):
-                return await ended.wait()
-        except TimeoutError:
-            return False
+    async def _look_until(
+        self, call: tuple[str, int], ended: asyncio.Event, asked: Arguments
+    ) -> Outcome | None:
+        """The outcome, waited for as long as the asker says."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + min(float(asked.get("wait_s", 0)), _LONGEST_WAIT_S)
+        while (outcome := await self._look(call)) is None and loop.time() < until:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(min(until, loop.time() + self._look_every_s)):
+                    await ended.wait()
+            ended.clear()
+        return outcome
 
     async def _look(self, call: tuple[str, int]) -> Outcome | None:
         return await self._read(partial(self._history.outcome, *call))
@@ -170,7 +184,7 @@ class Answers:
         return {"cancelled": tuple(told)}
 
     async def _read(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await in_thread(self._thread, work)
 
 
 def _wire(result: Result) -> tuple[Plain, ...]:

@@ -102,6 +102,8 @@ class Custodian:
         self._heard_at = self._stepped_down_at = 0.0
         self._inbox: deque[Delivery] = deque()
         self._arrived = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._time = Timekeeper(
             transport, key, custody, in_thread, lambda: self._epoch, self._step_down
         )
@@ -144,6 +146,10 @@ class Custodian:
     def note(self, ended: Mapping[str, set[int]]) -> None:
         """Calls have ended that were never in our custody."""
         self._time.note(ended)
+
+    async def settle(self) -> None:
+        """Wait until what has arrived is decided."""
+        await self._idle.wait()
 
     async def stop(self) -> None:
         """Leave; what is not acked comes again, here or to the next leader."""
@@ -219,6 +225,7 @@ class Custodian:
         self._heard_at = asyncio.get_running_loop().time()
         self._inbox.append(delivery)
         self._arrived.set()
+        self._idle.clear()
 
     async def _take_letters(self) -> None:
         backoff = Backoff()
@@ -238,6 +245,8 @@ class Custodian:
                     await asyncio.sleep(backoff.next_s())
                 else:
                     backoff.reset()
+            if not self._inbox:
+                self._idle.set()
 
     async def _take(self, taken: list[Delivery]) -> None:
         epoch = await self._lead()

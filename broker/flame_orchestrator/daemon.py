@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -17,13 +19,18 @@ from flame_broker.backoff import Backoff
 from flame_broker.clock import Clock
 from flame_broker.connect import open_transport
 from flame_broker.errors import FlameError
-from flame_broker.frames import open_frame
+from flame_broker.frames import encode, open_frame
 from flame_broker.keys import Key, Keyring
 from flame_broker.logs import get_logger
 from flame_broker.messages import CallFrame, ControlFrame, Plain, ResultFrame
 from flame_broker.store import open_store
-from flame_broker.topology import calls_exchange, ledger_queue, questions_queue
-from flame_broker.transport import Delivery, QueueSpec, Transport
+from flame_broker.topology import (
+    bound_ledger_queue,
+    calls_exchange,
+    ledger_queue,
+    questions_queue,
+)
+from flame_broker.transport import Delivery, Transport
 from flame_orchestrator.answers import Answers
 from flame_orchestrator.custodian import Custodian
 from flame_orchestrator.custody import Custody
@@ -31,19 +38,18 @@ from flame_orchestrator.database import in_words, open_database
 from flame_orchestrator.history import History
 from flame_orchestrator.leases import LEASE_S
 from flame_orchestrator.ledger import Arrival, Ledger
+from flame_orchestrator.leftovers import end_calls
 from flame_orchestrator.log_keeper import LogKeeper
 from flame_orchestrator.orders import Orders
 from flame_orchestrator.roll import Roll
 from flame_orchestrator.schedules import Schedules
+from flame_orchestrator.threads import in_thread
 
 __all__ = ["Orchestrator", "OrchestratorSettings"]
 
 _log = get_logger("flame.orchestrator")
 
 T = TypeVar("T")
-
-_GATHER_S: Final = 0.1
-"""A burst of calls is over by then: reading it meanwhile would take the time from its workers."""
 
 _MOST_FRAMES: Final = 500
 _LAST_WRITE_S: Final = 5.0
@@ -66,6 +72,9 @@ class OrchestratorSettings:
         lease_s: How long a worker may be silent before what it runs is given to others.
         keep_log_bytes: How much is kept of what one call prints.
         store_url: The object store, for large logs; None to keep them in the database.
+        gather_s: How long to let frames pile up. A burst of calls is over by then: to read it
+            meanwhile would take the time from its workers.
+        look_every_s: How soon to see an outcome that somebody else has written.
     """
 
     broker_url: str
@@ -76,6 +85,8 @@ class OrchestratorSettings:
     lease_s: float = LEASE_S
     keep_log_bytes: int = 10 * 2**20
     store_url: str | None = None
+    gather_s: float = 0.1
+    look_every_s: float = 60.0
 
 
 class Orchestrator:
@@ -100,6 +111,8 @@ class Orchestrator:
         self._custodies: list[Custody] = []
         self._custodians: list[Custodian] = []
         self._log_keeper: LogKeeper | None = None
+        self._echo = b""
+        self._echoed = asyncio.Event()
 
     async def start(self) -> None:
         """Open the database, connect, begin to listen.
@@ -108,11 +121,12 @@ class Orchestrator:
             ConfigError: The database cannot be opened.
             BrokerUnavailable: No broker answered in time.
         """
-        loop = asyncio.get_running_loop()
-        engine = await loop.run_in_executor(self._thread, open_database, self.settings.database_url)
+        engine = await self._in_thread(partial(open_database, self.settings.database_url))
         self._engine = engine
         self._ledger, history = Ledger(engine), History(engine)
-        self._answers = Answers(self._transport, history, self._thread)
+        self._answers = Answers(
+            self._transport, history, self._thread, look_every_s=self.settings.look_every_s
+        )
         self._orders = Orders(self._transport, engine, self._in_thread)
         for question, answer in self._orders.questions.items():
             self._answers.add(question, answer)
@@ -146,12 +160,47 @@ class Orchestrator:
             self._engine.dispose()
         _log.info("orchestrator.stopped")
 
+    async def finish(self, reason: str) -> None:
+        """Leave with the whole cluster: what has arrived is written down, what has not ended ends.
+
+        Args:
+            reason: Why calls are cancelled that nobody runs any more, one sentence.
+        """
+        await self._settle()
+        for custodian in self._custodians:
+            await custodian.stop()
+        if self._engine is not None:
+            try:
+                await self._in_thread(partial(self._end_calls, self._engine, reason))
+            except FlameError as problem:
+                _log.warning("ledger.calls_not_ended", reason=str(problem))
+        await self.stop()
+
+    async def _settle(self) -> None:
+        """Wait until all is written that has arrived by now, for some seconds at most."""
+        key = self.settings.keyring.signer
+        queue = ledger_queue(key.hex_id).name
+        self._echo = encode(ControlFrame(queue, "echo", {"token": secrets.token_hex(8)}), key)
+        try:
+            async with asyncio.timeout(_LAST_WRITE_S):
+                await self._transport.publish(queue, self._echo)
+                await self._echoed.wait()  # it comes behind all else
+                while self._writing is not None:
+                    await asyncio.wait([self._writing])
+                for custodian in self._custodians:
+                    await custodian.settle()
+                if self._log_keeper is not None:
+                    await self._log_keeper.settle()
+        except (FlameError, TimeoutError) as problem:
+            _log.warning("ledger.not_complete", reason=str(problem) or "it took too long")
+
+    def _end_calls(self, engine: Engine, reason: str) -> None:
+        for key in self.settings.keyring:
+            end_calls(engine, key.hex_id, reason, key)
+
     async def _listen(self, key: Key) -> None:
-        exchange, spec = calls_exchange(key.hex_id), ledger_queue(key.hex_id)
+        exchange, ledger = calls_exchange(key.hex_id), bound_ledger_queue(key.hex_id)
         await self._transport.declare_exchange(exchange, "topic")
-        ledger = QueueSpec(
-            spec.name, spec.kind, arguments=spec.arguments, bindings=((exchange, "#"),)
-        )
         questions = questions_queue(key.hex_id)
         await self._transport.declare(ledger, questions)
         await self._transport.consume(ledger.name, self._on_ledger, prefetch=_AHEAD)
@@ -185,6 +234,8 @@ class Orchestrator:
     def _on_ledger(self, delivery: Delivery) -> None:
         if self._leaving:
             return  # not acked: it comes again
+        if delivery.body == self._echo:
+            self._echoed.set()
         self._inbox.append(delivery)
         if self._writing is None:
             self._writing = asyncio.ensure_future(self._write())
@@ -192,7 +243,9 @@ class Orchestrator:
 
     async def _write(self) -> None:
         backoff, failing = Backoff(), False
-        await asyncio.sleep(_GATHER_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.gather_s):
+                await self._echoed.wait()
         while self._inbox:
             taken = self._inbox[:_MOST_FRAMES]
             try:
@@ -285,13 +338,7 @@ class Orchestrator:
         task.add_done_callback(self._tasks.discard)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        try:
-            done = asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except RuntimeError:
-            # The program around us ends, and its thread pools have ended: the last words are
-            # written in this thread, which nobody needs any more.
-            return work()
-        return await done
+        return await in_thread(self._thread, work)
 
 
 def _is_countable(frame: CallFrame | ResultFrame) -> bool:

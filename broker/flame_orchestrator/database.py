@@ -98,12 +98,19 @@ def _migrate(engine: Engine) -> None:
         return  # alembic takes longer to load than all the rest
     from alembic import command
     from alembic.config import Config
+    from alembic.util.exc import CommandError
 
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    try:
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    except CommandError as exc:
+        raise ConfigError(
+            f"the database {_masked(str(engine.url))} is not of this version of Flame ({exc}): "
+            "upgrade Flame here, or keep the history elsewhere"
+        ) from exc
 
 
 def _version(engine: Engine) -> str | None:

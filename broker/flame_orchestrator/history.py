@@ -90,7 +90,7 @@ class History:
             facts: Facts = {"id": call_id(client, counter), "state": CallState.QUEUED.value}
             facts |= _schedule_of(connection, client)
             if batch is not None:
-                facts |= _circumstances(batch)
+                facts |= {"key_id": ".".join(batch.queue.split(".")[2:3])} | _circumstances(batch)
                 if _has_ended(batch, counter):
                     facts["state"] = CallState.SUCCEEDED.value
             if outcome is not None:

@@ -8,10 +8,10 @@ thread this does not use.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -31,6 +31,7 @@ from flame_orchestrator.history import History
 from flame_orchestrator.log_reader import LogReader
 from flame_orchestrator.log_upkeep import LogUpkeep
 from flame_orchestrator.logs import Call, Logs, Written
+from flame_orchestrator.threads import in_thread
 
 __all__ = ["LogKeeper"]
 
@@ -44,8 +45,6 @@ _MOST_FRAMES: Final = 16
 _LAST_WRITE_S: Final = 5.0
 _TRY_AGAIN_S: Final = 5.0
 _READERS: Final = 3
-
-T = TypeVar("T")
 
 
 class LogKeeper:
@@ -106,11 +105,16 @@ class LogKeeper:
         for threads in (self._thread, self._readers):
             threads.shutdown(cancel_futures=True)
 
+    async def settle(self) -> None:
+        """Wait until what has arrived is written."""
+        while self._writing is not None:
+            await asyncio.wait([self._writing])
+
     async def forget(self, *, before: float, keep_calls: int) -> None:
         """Forget the logs of calls that the history has forgotten."""
         work = partial(self._upkeep.forget, before=before, keep_calls=keep_calls)
         try:
-            forgotten = await _in(self._readers, work)
+            forgotten = await in_thread(self._readers, work)
         except SQLAlchemyError as problem:
             _log.warning("logs.not_forgotten", reason=in_words(problem))
         else:
@@ -159,7 +163,7 @@ class LogKeeper:
         while self._inbox:
             taken = self._inbox[:_MOST_FRAMES]
             try:
-                written = await _in(self._thread, partial(self._record, taken))
+                written = await in_thread(self._thread, partial(self._record, taken))
             except SQLAlchemyError as problem:
                 failing = True
                 _log.warning(
@@ -213,7 +217,7 @@ class LogKeeper:
 
     async def _move_one(self, call: Call) -> None:
         try:
-            moved = await _in(self._readers, partial(self._upkeep.move, call))
+            moved = await in_thread(self._readers, partial(self._upkeep.move, call))
         except (StoreError, SQLAlchemyError) as problem:
             # It stays in the database; when there is more of it, it is tried again.
             reason = in_words(problem)
@@ -227,7 +231,3 @@ class LogKeeper:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, work)

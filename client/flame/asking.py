@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any, Final, Self, TypeVar
 
 from flame.answers import Answers
+from flame.clusters import Cluster, embedded_cluster
 from flame.inquiry import Inquiry
 from flame.questions import Questions
 from flame.reaching import bounded, forget, reach
 from flame_broker.config import Settings
 from flame_broker.connect import open_transport
-from flame_broker.errors import ConfigError
 from flame_broker.topology import control_exchange, reply_queue
 from flame_broker.transport import Consumer, Transport
 
@@ -36,10 +36,10 @@ class Asker(Questions):
     question whose connection was lost is put again on the next one.
 
     Args:
-        settings: Which broker and key.
+        settings: Which broker and key. With no broker the history of embedded clusters is asked.
 
     Raises:
-        ConfigError: There is no broker or no key, or one of them is malformed.
+        ConfigError: There is no key, or it or the broker's URL is malformed.
 
     Example:
         >>> with Asker(load()) as asker:
@@ -47,13 +47,14 @@ class Asker(Questions):
     """
 
     def __init__(self, settings: Settings) -> None:
-        if settings.broker_url is None:
-            raise ConfigError("an embedded cluster has no broker to ask: flame.connect() starts it")
-        keyring, name = settings.keyring, secrets.token_hex(_ID_BYTES)
+        url, name = settings.broker_url, secrets.token_hex(_ID_BYTES)
+        self._cluster: Cluster | None = None
+        if url is None:
+            self._cluster = embedded_cluster(works=False)
+            url = self._cluster.url
+        keyring = settings.keyring if self._cluster is None else self._cluster.keyring
         self._key_id = keyring.signer.hex_id
-        self._transport: Transport = open_transport(
-            settings.broker_url, name=f"flame client {name}"
-        )
+        self._transport: Transport = open_transport(url, name=f"flame client {name}")
         # SQS has no exclusive queues: there the queue is deleted at the end.
         exclusive = self._transport.capabilities.fanout
         self._queue = replace(reply_queue(self._key_id, name, 0), exclusive=exclusive)
@@ -101,6 +102,8 @@ class Asker(Questions):
     async def _open(self) -> None:
         transport = self._transport
         async with bounded():
+            if self._cluster is not None:
+                await self._cluster.start()
             await reach(transport)
             transport.on_reconnect = self._reconnected
             if self.reaches_workers:
@@ -132,3 +135,5 @@ class Asker(Questions):
         if self._consumer is not None and not self._queue.exclusive and self._transport.connected:
             await forget(self._transport, self._consumer, self._queue.name)
         await self._transport.close()
+        if self._cluster is not None:
+            await self._cluster.stop()

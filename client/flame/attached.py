@@ -35,7 +35,8 @@ def attach(call: str, *, client: Client | None = None) -> ObjectFuture[Any]:
         client: Who asks; by default the client that was connected last.
 
     Returns:
-        A future like that of the process that made the call. Cancelling it cancels the call.
+        A future like that of the process that made the call. Cancelling it cancels the call, but
+        for one of another program's embedded cluster, which only that program can reach.
 
     Raises:
         ValueError: This is no call id.
@@ -49,22 +50,27 @@ def attach(call: str, *, client: Client | None = None) -> ObjectFuture[Any]:
     ).get("call")
     if not isinstance(known, dict):
         raise CallError(f"the history knows no call {call}; `flame ps` lists those it knows", call)
-    desk = _ForeignDesk(owner, session)
+    elsewhere = session.courier.embedded and known.get("key_id") != session.key_id
+    desk = _ForeignDesk(owner, session, elsewhere=elsewhere)
     future: ObjectFuture[Any] = ObjectFuture(desk, counter, str(known.get("label", "")))
     session.courier.follow(lambda inquiry: _follow(inquiry, future))
     return future
 
 
 class _ForeignDesk(Desk):
-    """The desk of a call that this process has not made."""
+    """The desk of a call that this process has not made, perhaps of a cluster out of reach."""
 
-    def __init__(self, owner: str, session: Session) -> None:
+    def __init__(self, owner: str, session: Session, *, elsewhere: bool) -> None:
+        self._elsewhere = elsewhere
         super().__init__(owner, session.courier, session.values)
         self.lines_of = self._lines_kept
 
     def withdraw(self, future: ObjectFuture[Any]) -> bool:
-        """Give up on the call; it is cancelled where it waits or runs."""
-        if future.done():
+        """Give up on the call; it is cancelled where it waits or runs.
+
+        False if its outcome is here already, or its cluster out of reach.
+        """
+        if self._elsewhere or future.done():
             return False
         self._courier.cancel_foreign(self.client_id, future.counter)
         return True

@@ -11,7 +11,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
-from flame.courier import Cluster, Courier
+from flame.clusters import embedded_cluster
+from flame.courier import Courier
 from flame.desk import Desk
 from flame.futures import ObjectFuture
 from flame.inquiry import Inquiry
@@ -20,7 +21,7 @@ from flame.leaving import leaving
 from flame.questions import Questions
 from flame.values import Values
 from flame_broker.config import Settings, load
-from flame_broker.errors import ConfigError, FlameError
+from flame_broker.errors import FlameError
 from flame_broker.keys import Key, Keyring
 from flame_broker.objects import ObjectRef
 from flame_broker.topology import DEFAULT_POOL
@@ -60,10 +61,12 @@ class Client(Questions):
 
     Args:
         settings: Which broker, store and key.
+        works: Whether an embedded cluster runs calls; else it only answers from the history.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, works: bool = True) -> None:
         self.settings = settings
+        self._works = works
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._closed = False
@@ -197,13 +200,13 @@ class Client(Questions):
             if self._closed:
                 raise FlameError("this client is closed; flame.connect() makes a new one")
             if self._session is None:
-                self._session = _make_session(self.settings)
+                self._session = _make_session(self.settings, works=self._works)
                 _open_clients.add(self)
             return self._session
 
 
-def _make_session(settings: Settings) -> Session:
-    cluster = _embedded() if settings.broker_url is None else None
+def _make_session(settings: Settings, *, works: bool) -> Session:
+    cluster = embedded_cluster(works=works) if settings.broker_url is None else None
     keyring: Keyring = settings.keyring if cluster is None else cluster.keyring
     values = Values(
         settings.require_store if cluster is None else lambda: cluster.store_url,
@@ -219,19 +222,6 @@ def _make_session(settings: Settings) -> Session:
     courier.start()
     desk = Desk(client_id, courier, values)
     return Session(client_id, keyring.signer.hex_id, courier, desk, values, keyring.signer)
-
-
-def _embedded() -> Cluster:
-    """The cluster that lives in this process: whoever provides it registers it by this name."""
-    from importlib.metadata import entry_points
-
-    found = [*entry_points(group="flame.clusters", name="embedded")]
-    if not found:
-        raise ConfigError(
-            "no broker is configured and no embedded cluster is installed: set FLAME_BROKER_URL"
-        )
-    cluster: Cluster = found[0].load()()
-    return cluster
 
 
 class _Default:
@@ -331,7 +321,8 @@ def _close_all() -> None:
             client.close()
         except KeyboardInterrupt:
             # A second Ctrl-C while saying goodbye: leave at once, without a trace.
-            return
+            break
+    leaving.say_how()
 
 
 os.register_at_fork(after_in_child=_after_fork)

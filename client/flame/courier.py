@@ -13,9 +13,10 @@ from concurrent.futures import Future
 from functools import partial
 from itertools import chain, count, repeat
 from time import monotonic
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from flame.answers import Answers
+from flame.clusters import Cluster
 from flame.expiry import Expiry
 from flame.inquiry import Inquiry
 from flame.lanes import Lane, Pending, Record
@@ -38,7 +39,7 @@ from flame_broker.topology import (
 )
 from flame_broker.transport import Consumer, QueueSpec, TellsOfWaiting, Transport
 
-__all__ = ["Cluster", "Courier"]
+__all__ = ["Courier"]
 
 _DRAIN_S: Final = 5.0
 _LAST_WORDS_S: Final = 0.15  # workers send output up to 50 ms after the result it belongs to
@@ -57,20 +58,6 @@ def _closed_early(call: str) -> CallCancelled:
     return CallCancelled(
         "the client was closed before the result arrived; the call itself may go on", call
     )
-
-
-class Cluster(Protocol):
-    """A cluster that lives in this process, as the ``flame.clusters`` entry points give it."""
-
-    url: str
-    store_url: str
-    keyring: Keyring
-
-    async def start(self) -> None:
-        """Start it in the running loop; ``url`` and the others hold from then on."""
-
-    async def stop(self) -> None:
-        """End it and all its processes."""
 
 
 class Courier:
@@ -215,6 +202,11 @@ class Courier:
             FlameError: The broker or the store refused.
         """
         self.ask(lambda _: self._sender.make_ready(lane))
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the cluster lives in this process."""
+        return self._cluster is not None
 
     @property
     def server(self) -> str:

@@ -33,7 +33,7 @@ Enough = Callable[[Sequence[Facts]], bool]
 _PATIENCE_S: Final = 10.0
 _NO_ORCHESTRATOR: Final = (
     "no orchestrator has ever run on this broker with this key, and it keeps the history, the logs "
-    "and the schedules: start `flame-orchestrator` beside it (the embedded cluster has none yet)"
+    "and the schedules: start `flame-orchestrator` beside it"
 )
 _RUNNING_ANSWER_S: Final = 1.0
 _COUNTERS_A_FRAME: Final = 10_000
@@ -156,6 +156,9 @@ class Inquiry:
                 raise NoOrchestrator(_NO_ORCHESTRATOR) from exc
             if not await _wait(answered, patience_s):
                 raise NoOrchestrator(f"no answer within {patience_s:g} s: {_NO_ORCHESTRATOR}")
+        absent = answer.get("absent")
+        if isinstance(absent, str):
+            raise NoOrchestrator(absent)
         problem = answer.get("problem")
         if isinstance(problem, str):
             raise FlameError(f"the orchestrator refused: {problem}")

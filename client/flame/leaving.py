@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import wait
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from flame_broker.logs import get_logger
@@ -37,6 +38,16 @@ class Leaving:
             work()
         except KeyboardInterrupt:
             self._interrupted = True
+
+    def say_how(self) -> None:
+        """Have the exit status of a program that Ctrl-C has ended say so, whatever ran since.
+
+        CPython keeps that in a flag, which code that is made from text clears, as libraries do
+        when they are imported; such code that is interrupted sets it (``run_eval_code_obj``).
+        """
+        if _ended_by_ctrl_c():
+            with suppress(KeyboardInterrupt):
+                exec("raise KeyboardInterrupt")  # noqa: S102  # our own text
 
     def _wait(self, futures: set[ObjectFuture[Any]]) -> None:
         left = wait(futures, 0 if self._told else _SILENT_S).not_done

@@ -42,7 +42,7 @@ _MOST_KEPT: Final = 1_000_000  # the orchestrator writes them to its database
 _NO_ORCHESTRATOR: Final = (
     "retry=, delivery='at_most_once' and the options not_before=, key=, after= and limit= need an "
     "orchestrator, and none has ever run on this broker with this key: start `flame-orchestrator` "
-    "beside it (the embedded cluster has none yet)"
+    "beside it"
 )
 
 _log = get_logger("flame.client")

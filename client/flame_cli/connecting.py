@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flame.client import Client
     from flame.questions import Questions
 
-__all__ = ["asking", "connected"]
+__all__ = ["asking", "connected", "following"]
 
 _PATIENCE_S: Final = 2.0
 
@@ -35,6 +35,23 @@ def connected(context: str | None) -> Iterator[Client]:
 
 
 @contextmanager
+def following(context: str | None) -> Iterator[Client]:
+    """The same for commands that make no calls, and wait for those of others.
+
+    Args:
+        context: A context of the settings file.
+    """
+    from flame.client import Client
+    from flame_broker.config import load
+
+    with _word_to_the_waiting():
+        client = Client(load(context=context), works=False)
+        client.session  # noqa: B018  # connects
+    with client:
+        yield client
+
+
+@contextmanager
 def asking(context: str | None) -> Iterator[Questions]:
     """Somebody to ask, for commands that make no calls: up sooner than a client.
 
@@ -44,14 +61,9 @@ def asking(context: str | None) -> Iterator[Questions]:
     from flame.asking import Asker
     from flame_broker.config import load
 
-    settings = load(context=context)
-    if settings.broker_url is None:
-        with connected(context) as client:  # whose process the whole cluster lives in
-            yield client
-        return
     with ExitStack() as left:
         with _word_to_the_waiting():
-            asker = left.enter_context(Asker(settings))
+            asker = left.enter_context(Asker(load(context=context)))
         yield asker
 
 

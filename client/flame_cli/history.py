@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from flame_broker.errors import CallError
-from flame_cli.connecting import asking, connected
+from flame_cli.connecting import asking, following
 from flame_cli.exits import DONE, WORK_FAILED
 from flame_cli.options import CallId, ContextName, Json, checked
 from flame_cli.outcome import outcome_of, value_of
@@ -58,6 +58,8 @@ def ps(
     json: Json = False,
 ) -> None:
     """List calls, the newest first, with what became of them.
+
+    With no broker configured, those of all programs of this FLAME_HOME.
 
     \b
     Examples:
@@ -110,7 +112,7 @@ def result(
     import flame
 
     succeeded = True
-    with connected(context) as client:
+    with following(context) as client:
         future = flame.attach(checked(call), client=client)
         if json:
             future.wait(timeout_s)
@@ -151,7 +153,7 @@ def wait(
     """
     import flame
 
-    with connected(context) as client:
+    with following(context) as client:
         futures = [flame.attach(checked(call), client=client) for call in calls]
         late = wait_for(futures, timeout_s)
         failed = [future for future in futures if not future.went_well()]
@@ -184,12 +186,12 @@ def cancel(
     import flame
 
     rows = []
-    with flame.connect(context=context) as client:
+    with following(context) as client:
         for call in calls:
             future = flame.attach(checked(call), client=client)
             story = client.story(call) or {}
             before = str(story.get("state", ""))
-            ended = story.get("ended_at") is not None or not future.cancel()
+            ended = story.get("ended_at") is not None or not _cancelled(future)
             rows.append({"id": call, "label": future.label, "was": before, "cancelled": not ended})
     if json:
         show_table(rows, _CANCELLED, as_json=True, empty="")
@@ -198,6 +200,22 @@ def cancel(
             what = "is cancelled" if row["cancelled"] else f"had ended before: {row['was']}"
             typer.echo(f"{row['id']} ({row['label']}) {what}")
     sys.exit(DONE if all(row["cancelled"] for row in rows) else WORK_FAILED)
+
+
+def _cancelled(future: flame.ObjectFuture[Any]) -> bool:
+    """Whether it could be cancelled; not if it has ended.
+
+    Raises:
+        CallError: It is out of reach.
+    """
+    done = future.cancel()
+    if not done and not future.done():
+        raise CallError(
+            f"{future.id} ({future.label}) is in the embedded cluster of a program that runs, "
+            "and only that program reaches it: cancel the call there, or end the program",
+            future.id,
+        )
+    return done
 
 
 def _outcome(future: flame.ObjectFuture[Any], timeout_s: float | None) -> Any:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from flame_broker.errors import CallError
+from flame_broker.config import load
+from flame_broker.errors import CallError, ConfigError
 from flame_broker.messages import parse_call_id
 from flame_cli.connecting import asking
 from flame_cli.exits import DONE, WORK_FAILED
@@ -39,6 +40,11 @@ def retry(
     """
     for call in calls:
         _check(call)
+    if load(context=context).broker_url is None:
+        raise ConfigError(
+            "no broker is configured, and an embedded cluster would end with this command: set "
+            "FLAME_BROKER_URL, name a --context, or use client.retry(id) in a program"
+        )
     rows: list[dict[str, Any]] = []
     with asking(context) as cluster:
         for call in calls:

@@ -92,8 +92,8 @@ def _broker(settings: Settings) -> str:
     url = settings.broker_url
     if url is None:
         raise ConfigError(
-            "no broker is configured, and the embedded one keeps nothing from one program to the "
-            "next: set FLAME_BROKER_URL, or name a --context"
+            "no broker is configured, and the embedded one sets nothing aside for the next "
+            "program: set FLAME_BROKER_URL, or name a --context"
         )
     if url.startswith("worker://"):
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flame.asking import Asker
-from flame.errors import BrokerUnavailable, ConfigError, NoOrchestrator
+from flame.errors import BrokerUnavailable, NoOrchestrator
 from flame.inquiry import Inquiry
 from flame_broker.config import Settings, load
 from flame_broker.connect import open_transport
@@ -84,6 +84,9 @@ def test_a_broker_that_falls_silent_is_not_waited_for_for_ever(
         pass
 
 
-def test_an_embedded_cluster_is_asked_by_the_client_that_starts_it(settings: Settings) -> None:
-    with pytest.raises(ConfigError, match=r"flame\.connect"):
-        Asker(replace(settings, broker_url=None))
+def test_with_no_broker_the_history_of_embedded_clusters_is_asked_and_no_worker_started(
+    settings: Settings,
+) -> None:
+    with Asker(replace(settings, broker_url=None)) as asker:
+        assert asker.calls(label="nobody made such calls") == []
+        assert asker.workers(0.1) == []

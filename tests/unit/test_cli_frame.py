@@ -446,15 +446,3 @@ def test_who_waits_for_a_broker_at_a_terminal_is_told_so(monkeypatch: pytest.Mon
     with connecting.connected("far") as found:
         assert found is client
     client.__exit__.assert_called_once()
-
-
-def test_a_question_to_the_embedded_cluster_is_put_by_a_client(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import flame as library
-
-    client = MagicMock()
-    monkeypatch.setattr(library, "connect", lambda **_: client)
-    with connecting.asking(None) as found:
-        assert found is client
-    client.__exit__.assert_called_once()
