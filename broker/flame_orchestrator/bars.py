@@ -6,13 +6,14 @@ has succeeded, and when fewer calls than its limit says are under way with the s
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from time import time
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     and_,
     bindparam,
@@ -35,7 +36,8 @@ __all__ = ["Hopeless", "Lifted", "awaits", "give_places", "keys_that_want", "lif
 _AT_ONCE: Final = 500
 _MOST_PLACED: Final = 2000
 
-_YES, _NO = literal_column("1"), literal_column("0")
+_YES: Final[ColumnElement[int]] = literal_column("1")
+_NO: Final[ColumnElement[int]] = literal_column("0")
 """As in the conditions of the indices, which SQLite then need not check again in each row."""
 
 
@@ -79,6 +81,7 @@ def lift(connection: Connection, key_id: str, among: Mapping[str, set[int]] | No
         Nothing is changed about those that wait in vain.
     """
     hopeless: list[Hopeless] = []
+    nearer: Counter[int] = Counter()
     for client, counter in [*_awaited(connection, among)]:
         outcome = outcome_of(connection, client, counter)
         if outcome is None:
@@ -87,12 +90,13 @@ def lift(connection: Connection, key_id: str, among: Mapping[str, set[int]] | No
         ours = select(kept.c.id, kept.c.client, kept.c.counter).where(on, kept.c.key_id == key_id)
         rows = connection.execute(ours.join(dependencies, dependencies.c.call == kept.c.id)).all()
         if outcome.final.status is Status.OK:
-            _go_on(connection, [row.id for row in rows])
+            nearer.update(row.id for row in rows)
             connection.execute(delete(dependencies).where(on))
         else:
             why = ": ".join(filter(None, describe(outcome.final)))
             reason = f"it was to start after {call_id(client, counter)}, which failed: {why}"
             hopeless += [Hopeless(row.client, row.counter, reason) for row in rows]
+    _go_on(connection, nearer)
     return Lifted(hopeless, awaits(connection))
 
 
@@ -101,9 +105,9 @@ def awaits(connection: Connection) -> bool:
     return connection.execute(select(dependencies.c.call).limit(1)).first() is not None
 
 
-def _go_on(connection: Connection, calls: Iterable[int]) -> None:
-    """Calls wait for one less; those that wait for none any more have their time."""
-    rows = [{"row": call} for call in calls]
+def _go_on(connection: Connection, calls: Mapping[int, int]) -> None:
+    """Calls wait for so many less; those that wait for none any more have their time."""
+    rows = [{"row": call, "fewer": fewer} for call, fewer in calls.items()]
     if not rows:
         return
     this = kept.c.id == bindparam("row")
@@ -111,9 +115,12 @@ def _go_on(connection: Connection, calls: Iterable[int]) -> None:
     limited = kept.c.limit_key.is_not(None)
     now = time()
     due_at = case((kept.c.not_before > now, kept.c.not_before), else_=now)
-    connection.execute(update(kept).where(this).values(unmet=kept.c.unmet - 1), rows)
-    connection.execute(update(kept).where(free, ~limited).values(due_at=due_at), rows)
-    connection.execute(update(kept).where(free, limited).values(place=0), rows)
+    connection.execute(
+        update(kept).where(this).values(unmet=kept.c.unmet - bindparam("fewer")), rows
+    )
+    those = [{"row": call} for call in calls]
+    connection.execute(update(kept).where(free, ~limited).values(due_at=due_at), those)
+    connection.execute(update(kept).where(free, limited).values(place=0), those)
 
 
 def keys_that_want(connection: Connection, key_id: str, before: float) -> list[str]:
