@@ -6,6 +6,7 @@ has succeeded, and when fewer calls than its limit says are under way with the s
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from time import time
@@ -27,7 +28,7 @@ from sqlalchemy import (
 
 from flame_broker.messages import Status, call_id
 from flame_broker.outcomes import describe
-from flame_orchestrator.history import outcome_of
+from flame_orchestrator.history import outcome_of, perhaps_ended
 from flame_orchestrator.schema import NEVER, dependencies, kept
 
 __all__ = ["Hopeless", "Lifted", "awaits", "give_places", "keys_that_want", "lift"]
@@ -80,20 +81,22 @@ def lift(connection: Connection, key_id: str, among: Mapping[str, set[int]] | No
         Nothing is changed about those that wait in vain.
     """
     hopeless: list[Hopeless] = []
+    nearer: Counter[int] = Counter()
     for client, counter in [*_awaited(connection, among)]:
         outcome = outcome_of(connection, client, counter)
         if outcome is None:
             continue
         on = and_(dependencies.c.client == client, dependencies.c.counter == counter)
-        ours = and_(kept.c.key_id == key_id, kept.c.id.in_(select(dependencies.c.call).where(on)))
+        ours = select(kept.c.id, kept.c.client, kept.c.counter).where(on, kept.c.key_id == key_id)
+        rows = connection.execute(ours.join(dependencies, dependencies.c.call == kept.c.id)).all()
         if outcome.final.status is Status.OK:
-            _go_on(connection, ours)
+            nearer.update(row.id for row in rows)
             connection.execute(delete(dependencies).where(on))
         else:
             why = ": ".join(filter(None, describe(outcome.final)))
             reason = f"it was to start after {call_id(client, counter)}, which failed: {why}"
-            rows = connection.execute(select(kept.c.client, kept.c.counter).where(ours))
             hopeless += [Hopeless(row.client, row.counter, reason) for row in rows]
+    _go_on(connection, nearer)
     return Lifted(hopeless, awaits(connection))
 
 
@@ -102,15 +105,22 @@ def awaits(connection: Connection) -> bool:
     return connection.execute(select(dependencies.c.call).limit(1)).first() is not None
 
 
-def _go_on(connection: Connection, calls: Any) -> None:
-    """Calls wait for one less; those that wait for none any more have their time."""
-    connection.execute(update(kept).where(calls).values(unmet=kept.c.unmet - 1))
-    free = and_(kept.c.unmet == 0, kept.c.place.is_(None), kept.c.due_at == NEVER)
+def _go_on(connection: Connection, calls: Mapping[int, int]) -> None:
+    """Calls wait for so many less; those that wait for none any more have their time."""
+    rows = [{"row": call, "fewer": fewer} for call, fewer in calls.items()]
+    if not rows:
+        return
+    this = kept.c.id == bindparam("row")
+    free = and_(this, kept.c.unmet == 0, kept.c.place.is_(None), kept.c.due_at == NEVER)
     limited = kept.c.limit_key.is_not(None)
     now = time()
     due_at = case((kept.c.not_before > now, kept.c.not_before), else_=now)
-    connection.execute(update(kept).where(calls, free, ~limited).values(due_at=due_at))
-    connection.execute(update(kept).where(calls, free, limited).values(place=0))
+    connection.execute(
+        update(kept).where(this).values(unmet=kept.c.unmet - bindparam("fewer")), rows
+    )
+    those = [{"row": call} for call in calls]
+    connection.execute(update(kept).where(free, ~limited).values(due_at=due_at), those)
+    connection.execute(update(kept).where(free, limited).values(place=0), those)
 
 
 def keys_that_want(connection: Connection, key_id: str, before: float) -> list[str]:
@@ -174,11 +184,15 @@ def _awaited(
     """Those calls that others wait for."""
     columns = dependencies.c.client, dependencies.c.counter
     if among is None:
-        for row in connection.execute(select(*columns).distinct()).all():
-            yield row.client, row.counter
+        every: dict[str, set[int]] = defaultdict(set)
+        for row in connection.execute(select(*columns).distinct()):
+            every[row.client].add(row.counter)
+        for client, counters in every.items():
+            for counter in perhaps_ended(connection, client, counters):
+                yield client, counter
         return
-    every = ((client, counter) for client, counters in among.items() for counter in counters)
-    while some := list(islice(every, _AT_ONCE)):
+    news = ((client, counter) for client, counters in among.items() for counter in counters)
+    while some := list(islice(news, _AT_ONCE)):
         wanted = select(*columns).where(tuple_(*columns).in_(some)).distinct()
         for row in connection.execute(wanted).all():
             yield row.client, row.counter

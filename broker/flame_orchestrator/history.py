@@ -33,7 +33,7 @@ from flame_orchestrator.schema import (
 from flame_orchestrator.spans import Span, near_runs, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
 
-__all__ = ["Facts", "History", "Outcome", "outcome_of"]
+__all__ = ["Facts", "History", "Outcome", "outcome_of", "perhaps_ended"]
 
 Facts = dict[str, Any]
 """A call as people see it: plain values by name."""
@@ -144,6 +144,22 @@ def outcome_of(connection: Connection, client: str, counter: int) -> Outcome | N
     every = (result for _, result in _results_of(connection, client, counter))
     items = {r.index: r for r in every if r.status is Status.ITEM}
     return Outcome([items[n] for n in sorted(items)], final)
+
+
+def perhaps_ended(connection: Connection, client: str, counters: Iterable[int]) -> set[int]:
+    """Those of a client's calls that have ended, and those whose frame is not known.
+
+    The bits of frames say so, which is far cheaper than to look for outcomes that are not there.
+    """
+    wanted, going = set(counters), set[int]()
+    columns = batches.c.first, batches.c.last, batches.c.counters, batches.c.done
+    for first, last in near_runs(sorted(wanted)):
+        near = overlapping(batches, client, first, last)
+        for row in connection.execute(select(*columns).where(near)):
+            span = Span.load(row.first, row.last, row.counters)
+            every = span.bits(span.counters)
+            going.update(span.picked(every & ~int.from_bytes(row.done, "little")))
+    return wanted - going
 
 
 def _listed(
