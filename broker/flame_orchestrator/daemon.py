@@ -51,6 +51,7 @@ _log = get_logger("flame.orchestrator")
 
 T = TypeVar("T")
 
+_LULL_S: Final = 0.1
 _MOST_FRAMES: Final = 500
 _LAST_WRITE_S: Final = 5.0
 _HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
@@ -72,8 +73,8 @@ class OrchestratorSettings:
         lease_s: How long a worker may be silent before what it runs is given to others.
         keep_log_bytes: How much is kept of what one call prints.
         store_url: The object store, for large logs; None to keep them in the database.
-        gather_s: How long to let frames pile up. A burst of calls is over by then: to read it
-            meanwhile would take the time from its workers.
+        gather_s: How long to let frames pile up at most, while they come: to read a burst of calls
+            before it is over would take the time from its workers.
         look_every_s: How soon to see an outcome that somebody else has written.
     """
 
@@ -113,6 +114,7 @@ class Orchestrator:
         self._log_keeper: LogKeeper | None = None
         self._echo = b""
         self._echoed = asyncio.Event()
+        self._hurry = asyncio.Event()
 
     async def start(self) -> None:
         """Open the database, connect, begin to listen.
@@ -236,6 +238,7 @@ class Orchestrator:
             return  # not acked: it comes again
         if delivery.body == self._echo:
             self._echoed.set()
+            self._hurry.set()
         self._inbox.append(delivery)
         if self._writing is None:
             self._writing = asyncio.ensure_future(self._write())
@@ -243,10 +246,8 @@ class Orchestrator:
 
     async def _write(self) -> None:
         backoff, failing = Backoff(), False
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.settings.gather_s):
-                await self._echoed.wait()
         while self._inbox:
+            await self._gather()
             taken = self._inbox[:_MOST_FRAMES]
             try:
                 ended = await self._in_thread(partial(self._record, taken))
@@ -270,6 +271,19 @@ class Orchestrator:
             self._answers.tell(ended)
             for custodian in self._custodians:
                 custodian.note(ended)
+        if not self._echoed.is_set():
+            self._hurry.clear()
+
+    async def _gather(self) -> None:
+        """Let frames pile up until a moment passes without any, or somebody wants to know."""
+        loop = asyncio.get_running_loop()
+        until, known = loop.time() + self.settings.gather_s, 0
+        while known < len(self._inbox) < _MOST_FRAMES and loop.time() < until:
+            known = len(self._inbox)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LULL_S):
+                    await self._hurry.wait()
+                    return
 
     def _record(self, taken: list[Delivery]) -> Mapping[str, set[int]]:
         arrivals = [Arrival(frame, d.body) for d in taken if (frame := self._read(d)) is not None]
@@ -327,6 +341,8 @@ class Orchestrator:
             _log.warning("question.refused", reason=str(problem))
             return
         if isinstance(frame, ControlFrame):
+            if self._writing is not None:
+                self._hurry.set()
             self._later(self._answers.answer(frame, key))
 
     async def _call_roll(self, asked: Mapping[str, Any], key: Key) -> dict[str, Plain]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedHistory"]
 
 _KEEP_CALLS: Final = 1_000_000
-_GATHER_S: Final = 0.5
+_GATHER_S: Final = 2.0
 """The program, its broker and the orchestrator share one interpreter: a burst goes first."""
 
 _LOOK_EVERY_S: Final = 0.5
