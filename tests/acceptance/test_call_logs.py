@@ -223,4 +223,4 @@ def test_without_an_orchestrator_the_command_says_what_to_start(
         [FLAME, "logs", "abc-1"], env=environ, capture_output=True, text=True, timeout=60
     )
     assert embedded.returncode == 1
-    assert "the embedded cluster keeps none yet" in embedded.stderr
+    assert "the embedded cluster has none yet" in embedded.stderr
