@@ -49,7 +49,9 @@ class EmbeddedCluster:
         self.store_url = settings.store_url or (self._home / "store").absolute().as_uri()
         self.keyring = Keyring([Key.parse(generate_key())])
         self._works = works
-        self._history = EmbeddedHistory(self.url, self.keyring, self._home, self.store_url)
+        self._history = EmbeddedHistory(
+            self.url, self.keyring, self._home, self.store_url, at_once=not works
+        )
         self._worker: Worker | None = None
 
     async def start(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,7 @@ from flame_broker.topology import (
     calls_exchange,
     custody_queue,
     kept_logs_queue,
+    ledger_queue,
     logs_exchange,
     questions_queue,
 )
@@ -38,6 +40,8 @@ _KEEP_CALLS: Final = 1_000_000
 _GATHER_S: Final = 2.0
 """The program, its broker and the orchestrator share one interpreter: a burst goes first."""
 
+_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 3.0
 _LOOK_EVERY_S: Final = 0.5
 _CLEAR_EVERY_S: Final = 2.0
 _LONGEST_START_S: Final = 30.0
@@ -59,9 +63,13 @@ class EmbeddedHistory:
         keyring: Its key, which no other cluster has.
         home: ``FLAME_HOME``.
         store_url: The object store, for large logs.
+        at_once: Whether somebody waits for it; else calls that are made first go first.
     """
 
-    def __init__(self, url: str, keyring: Keyring, home: Path, store_url: str) -> None:
+    def __init__(
+        self, url: str, keyring: Keyring, home: Path, store_url: str, *, at_once: bool
+    ) -> None:
+        self._at_once = at_once
         self._url = url
         self._keyring = keyring
         self._folder = home / "embedded"
@@ -69,6 +77,7 @@ class EmbeddedHistory:
         self._programs = Programs(self._folder, keyring.signer.hex_id)
         self._transport = open_transport(url, name="flame embedded")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="flame-history")
+        self._ending = asyncio.Event()
         self._starting: asyncio.Task[None] | None = None
         self._clearing: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
@@ -90,6 +99,7 @@ class EmbeddedHistory:
 
     async def stop(self) -> None:
         """Write down what has arrived, end what nobody will run, and leave."""
+        self._ending.set()
         if self._clearing is not None:
             self._clearing.cancel()
         if self._starting is not None:
@@ -104,6 +114,8 @@ class EmbeddedHistory:
         self._thread.shutdown(wait=False)
 
     async def _begin(self) -> None:
+        if not self._at_once:
+            await self._wait_for_a_pause()
         try:
             orchestrator = await in_thread(self._thread, self._make)
             await orchestrator.start()
@@ -116,6 +128,23 @@ class EmbeddedHistory:
         else:
             self._orchestrator = orchestrator
             self._clearing = asyncio.ensure_future(self._clear_up())
+
+    async def _wait_for_a_pause(self) -> None:
+        """Let the program's first calls go first: to load the database's library takes their time.
+
+        Not while somebody waits for an answer, or the program for its end.
+        """
+        loop, key_id = asyncio.get_running_loop(), self._keyring.signer.hex_id
+        ledger, *urgent = (f(key_id).name for f in (ledger_queue, questions_queue, custody_queue))
+        until, known = loop.time() + _LONGEST_PAUSE_S, -1
+        while loop.time() < until and not self._ending.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PAUSE_S):
+                    await self._ending.wait()
+            depth = await self._transport.depth(ledger) or 0
+            if depth == known or any([await self._transport.depth(name) for name in urgent]):
+                return
+            known = depth
 
     def _make(self) -> Orchestrator:
         """Bring the database up to date, which takes a while; one program does it at a time."""
