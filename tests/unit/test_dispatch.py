@@ -177,3 +177,14 @@ async def test_a_call_that_was_handed_back_has_not_started(tmp_path: Path) -> No
         lab.slots[0].finish()
         await lab.settled(2)
         assert lab.slots[0].started == [1]
+
+
+async def test_a_worker_that_is_about_to_end_hands_nothing_back(tmp_path: Path) -> None:
+    async with bench(tmp_path) as lab:
+        await lab.submit(frame_of([1, 2]))
+        await eventually(lambda: lab.slots[0].started == [1], 5)
+        lab.dispatcher._revoke_all(lambda _: True)
+        lab.dispatcher.close()
+        await eventually(lambda: lab.dispatcher._watching is None, 5)
+        assert lab.dispatcher.waits("c1")
+        assert await lab.depth(frame_of([2]).queue) == 0

@@ -403,6 +403,8 @@ class Dispatcher:
 
     def _enforce_budget(self) -> None:
         self._watching = None
+        if self._closed:
+            return
         now = _now()
         deadline = now - BUDGET_S
         self._revoke_all(lambda given: given.at < deadline)
