@@ -26,7 +26,7 @@ $(VENV)/.examples: pyproject.toml requirements/examples.txt
 $(VENV)/.dev: pyproject.toml requirements/dev.txt
 	@tools/venv $(VENV)
 	@echo "Installing Flame and what its tests need"
-	@$(PIP) install --requirement requirements/dev.txt
+	@$(PIP) install --no-compile --requirement requirements/dev.txt
 	@$(PIP) install --no-deps --editable .
 	@touch $@ $(VENV)/.examples
 

@@ -348,7 +348,7 @@ class World:
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=st.integers(0, 1_000_000))
 def test_whatever_is_lost_late_or_said_twice_a_call_ends_once_and_one_run_has_it(
