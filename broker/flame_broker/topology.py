@@ -188,6 +188,17 @@ def reply_queue(key_id: str, client: str, epoch: int) -> QueueSpec:
     )
 
 
+def _ear(name: str, *bindings: tuple[str, str]) -> QueueSpec:
+    """A listener's own queue: it goes with the connection, and the oldest drop first."""
+    return QueueSpec(
+        name,
+        QueueKind.CLASSIC,
+        exclusive=True,
+        arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
+        bindings=bindings,
+    )
+
+
 def control_exchange(key_id: str) -> str:
     """The fanout on which all workers of a key listen."""
     return f"{_PREFIX}.{key_id}.control"
@@ -195,13 +206,7 @@ def control_exchange(key_id: str) -> str:
 
 def control_queue(key_id: str, worker: str) -> QueueSpec:
     """A worker's own ear on the control exchange."""
-    return QueueSpec(
-        f"{_PREFIX}.{key_id}.control.{worker}",
-        QueueKind.CLASSIC,
-        exclusive=True,
-        arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
-        bindings=((control_exchange(key_id), ""),),
-    )
+    return _ear(f"{_PREFIX}.{key_id}.control.{worker}", (control_exchange(key_id), ""))
 
 
 def beats_exchange(key_id: str) -> str:
@@ -211,13 +216,7 @@ def beats_exchange(key_id: str) -> str:
 
 def beats_queue(key_id: str, orchestrator: str) -> QueueSpec:
     """An orchestrator's own ear on the heartbeats: bounded, and the newest ones count."""
-    return QueueSpec(
-        f"{_PREFIX}.{key_id}.beats.{orchestrator}",
-        QueueKind.CLASSIC,
-        exclusive=True,
-        arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
-        bindings=((beats_exchange(key_id), ""),),
-    )
+    return _ear(f"{_PREFIX}.{key_id}.beats.{orchestrator}", (beats_exchange(key_id), ""))
 
 
 def logs_exchange(key_id: str) -> str:
@@ -255,13 +254,8 @@ def kept_logs_queue(key_id: str) -> QueueSpec:
 
 def logs_queue(key_id: str, client: str) -> QueueSpec:
     """A client's own ear on the logs exchange; bounded, the oldest lines drop first."""
-    return QueueSpec(
-        f"{_PREFIX}.{key_id}.logs.{client}",
-        QueueKind.CLASSIC,
-        exclusive=True,
-        arguments={"x-max-length": _TELEMETRY_MESSAGES, "x-overflow": "drop-head"},
-        bindings=tuple((logs_exchange(key_id), key) for key in (client, kept_output(client))),
-    )
+    bindings = [(logs_exchange(key_id), key) for key in (client, kept_output(client))]
+    return _ear(f"{_PREFIX}.{key_id}.logs.{client}", *bindings)
 
 
 def classes_queue(key_id: str, pool: str) -> QueueSpec:

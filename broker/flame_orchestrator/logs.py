@@ -88,8 +88,8 @@ class Logs:
                 self._recall(connection, by_call)
                 changed = self._take(by_call)
                 self._store(connection, changed)
-        except BaseException:
-            self._open.clear()  # what it holds is not what is stored
+        except BaseException:  # it goes on; what is held in memory is not what is stored
+            self._open.clear()
             raise
         return Written({*changed}, self._large(changed))
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(400)
 def note(folder: str, number: int, seconds: float) -> int:
     with Path(folder, str(number)).open("a") as file:
         file.write("x")
-    time.sleep(seconds)
+    time.sleep(seconds)  # the call's work
     return number
 
 

@@ -21,7 +21,7 @@ from lab.wait import wait_until
 def note(folder: str, number: int, seconds: float = 0.0) -> int:
     with Path(folder, str(number)).open("a") as file:
         file.write("x")
-    time.sleep(seconds)
+    time.sleep(seconds)  # the call's work
     return number
 
 

@@ -34,8 +34,7 @@ def talk(number: int) -> int:
 def talk_when_told(folder: str, lines: int) -> str:
     """Print a line for each file that appears there."""
     for number in range(lines):
-        while not Path(folder, str(number)).exists():
-            time.sleep(0.01)
+        wait_until(Path(folder, str(number)).exists, 100)
         print("line", number)
     return "done"
 

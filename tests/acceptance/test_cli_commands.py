@@ -64,7 +64,7 @@ def finding(done: subprocess.CompletedProcess[str], check: str) -> dict[str, Any
 
 
 def nap(seconds: float) -> None:
-    time.sleep(seconds)
+    time.sleep(seconds)  # the call's work
 
 
 # --- ping --------------------------------------------------------------------------------------
