@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from flame.bell import Bell
 from flame.streams import Items, ItemStream, call_in, no_generator
 from flame.window import Gate
 from flame_broker.errors import CallCancelled, FlameError, StoreError
@@ -393,8 +394,6 @@ class ObjectFuture(Future[T]):
 
     def _tell_listeners(self) -> None:
         if "_condition" in self.__dict__:
-            with self._condition:
-                self._condition.notify_all()
             for listener in [*self._listeners]:
                 listener()
 
@@ -423,19 +422,19 @@ class ObjectFuture(Future[T]):
                 f"waiting for {self!r} inside a done-callback would stop the client itself; "
                 "start what must wait in a thread of your own"
             )
-        with self._condition:
-            return bool(self._condition.wait_for(condition, timeout))
+        bell = Bell()
+        with self.listening(bell.ring):
+            return bell.wait_for(condition, timeout)
 
     @contextmanager
     def listening(self, listener: Callable[[], object]) -> Iterator[None]:
         """Have ``listener`` called, in the courier's thread, at each item and at the end."""
-        with self._condition:
-            self._listeners.append(listener)
+        self._condition  # noqa: B018  # from here on, who settles looks for listeners
+        self._listeners.append(listener)
         try:
             yield
         finally:
-            with self._condition:
-                self._listeners.remove(listener)
+            self._listeners.remove(listener)
 
     def open_item(self, item: Result) -> Any:
         """Decode an item; large ones are downloaded."""

@@ -9,7 +9,6 @@ from those that were read; until then they are taken for as large as a message c
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from flame.arguments import find_futures
+from flame.bell import Bell
 from flame.futures import ObjectFuture
 from flame.lanes import Lane
 from flame.packaging import local_code
@@ -64,7 +64,7 @@ class _Chunk:
         self.futures: list[ObjectFuture[Any]] = []
         self.nbytes = 0
         self.result_bytes = 0
-        self._full = threading.Event()
+        self._bell = Bell()
 
     def settle(self, result: Result) -> None:
         """Take the outcome of one call."""
@@ -72,13 +72,13 @@ class _Chunk:
         outcomes[result.counter] = result
         self.result_bytes += len(result.payload)
         if len(outcomes) == len(self.counters):
-            self._full.set()
+            self._bell.ring()
 
     def put(self, counter: int, outcome: Outcome) -> None:
         """Note an outcome; the last one wakes the consumer."""
         self.outcomes[counter] = outcome
-        if len(self.outcomes) == len(self.counters):
-            self._full.set()
+        if self._full():
+            self._bell.ring()
 
     def in_order(self) -> list[Outcome]:
         """All outcomes, in the order of the calls."""
@@ -104,12 +104,14 @@ class _Chunk:
         """Nobody asks whether one call of a map runs."""
 
     def forget_locks(self) -> None:
-        """See ``ObjectFuture.forget_locks``."""
-        self._full = threading.Event()
+        """A bell has none that anybody could hold."""
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for all outcomes."""
-        return self._full.wait(timeout)
+        return self._bell.wait_for(self._full, timeout)
+
+    def _full(self) -> bool:
+        return len(self.outcomes) == len(self.counters)
 
 
 class MapResults(Iterator[Any]):
