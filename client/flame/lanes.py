@@ -25,7 +25,7 @@ from flame_broker.transport import QueueSpec
 __all__ = ["NO_TERMS", "Keeping", "Lane", "Pending", "Record", "Terms"]
 
 _SAME_EXPIRY_S = 0.05
-_SHORT_FRAME_S = 0.01  # a fifth of the worker's time budget for a frame
+_FRAME_S = 0.008  # workers hold frames ahead that are over so soon (PROTOCOL.md, rule 2)
 _WEIGHT = 0.3
 
 
@@ -139,10 +139,11 @@ class Lane:
 
     @property
     def frame_calls(self) -> int:
-        """How many calls a frame may hold: more if they are known to be short."""
+        """How many calls a frame may hold: as many as are over soon, by what they took so far."""
         if not self.call_s:
             return FRAME_CALLS
-        return min(max(int(_SHORT_FRAME_S / self.call_s), FRAME_CALLS), SHORT_FRAME_CALLS)
+        least = 1 if self.keeping is None else FRAME_CALLS  # the orchestrator makes frames of them
+        return min(max(int(_FRAME_S / self.call_s), least), SHORT_FRAME_CALLS)
 
     def put(self, call: Call) -> None:
         """Queue a call for packing."""

@@ -74,7 +74,7 @@ async def test_a_consumer_that_could_not_start_is_started_by_the_next_refill() -
     intake = make_intake(broker)
     await intake.add_class("c1", with_suspects=True)
     before = broker.consumed.total()
-    intake.short("c1")
+    intake.short("c1", 0.001)
     broker.refusals = 1
     await eventually(lambda: not broker.refusals, 5)
     await eventually(lambda: intake._refilling is None, 5)
@@ -82,7 +82,7 @@ async def test_a_consumer_that_could_not_start_is_started_by_the_next_refill() -
     healthy = FaultyBroker()
     twin = make_intake(healthy)
     await twin.add_class("c1", with_suspects=True)
-    twin.short("c1")
+    twin.short("c1", 0.001)
     await eventually(lambda: healthy.consumed.total() > before, 5)
     await eventually(lambda: broker.consumed == healthy.consumed, 5)
 
@@ -94,3 +94,33 @@ async def test_refills_at_the_same_time_open_no_more_than_one_does() -> None:
     intake._dispatcher.pool.width = lambda _: 4  # type: ignore[method-assign,assignment]
     await asyncio.gather(*(intake._refill_class("c1") for _ in range(3)))
     assert set(broker.consumed.values()) == {4}
+
+
+async def test_short_calls_that_nothing_waits_behind_end_the_asking_one_by_one() -> None:
+    broker = FaultyBroker()
+    intake = make_intake(broker, width=2)
+    await intake.add_class("c1")
+    intake.full("c1", "")
+    intake._dispatcher.waits = lambda _: True  # type: ignore[method-assign]
+    intake.short("c1", 0.001)
+    assert "c1" in intake._full
+    intake._dispatcher.waits = lambda _: False  # type: ignore[method-assign]
+    intake.short("c1", 0.001)
+    await eventually(lambda: set(broker.consumed.values()) == {2 + 6}, 5)
+
+
+async def test_a_call_that_is_about_to_end_has_the_next_one_asked_for_not_sent_with_its_ack() -> (
+    None
+):
+    intake = make_intake(FaultyBroker())
+    await intake.add_class("c1")
+    intake.foresee("c1")
+    assert "c1" in intake._full
+
+
+async def test_frames_that_are_held_ahead_need_not_be_asked_for() -> None:
+    intake = make_intake(FaultyBroker())
+    await intake.add_class("c1")
+    intake.short("c1", 0.001)
+    intake.foresee("c1")
+    assert "c1" not in intake._full

@@ -1,4 +1,4 @@
-"""What is done before the first frame of a lane, and what becomes of its calls if that fails."""
+"""How calls become frames, what is done before the first one, and what if that fails."""
 
 from __future__ import annotations
 
@@ -28,6 +28,30 @@ def broken_upload(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
     monkeypatch.setattr(Values, "put_target", put_target)
     return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("call_s", "calls"),
+    [(0.0, 64), (1e-6, 256), (0.0001, 80), (0.001, 8), (0.003, 2), (0.006, 1), (60.0, 1)],
+)
+def test_a_frame_holds_as_many_calls_as_are_over_soon(
+    runner: flame.Runner, worker: FakeWorker, call_s: float, calls: int
+) -> None:
+    worker.hold()
+    service = runner.service(double)
+    lane = service._caller.board()[1]
+    lane.call_s = call_s
+    futures = service.map(range(300), chunk=300)
+    wait_until(lambda: len(worker.frames) > 0, 10)
+    assert len(worker.frames[0].calls) == calls
+    futures.close()
+
+
+def test_the_orchestrator_gets_long_calls_in_large_frames(runner: flame.Runner) -> None:
+    service = runner.service(double, delivery="at_most_once")
+    lane = service._caller.board()[1]
+    lane.call_s = 60.0
+    assert lane.frame_calls == 64
 
 
 def test_whatever_fails_before_the_first_frame_fails_the_calls(

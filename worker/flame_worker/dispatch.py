@@ -16,6 +16,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Final, Protocol
 
@@ -32,26 +33,11 @@ from flame_worker.pool import SlotPool
 from flame_worker.slots import Batch, Lost, Slot, SpooledResult
 from flame_worker.spool import Spool
 from flame_worker.telling import Numbering, Voice
+from flame_worker.timing import BUDGET_S, LEAD_S, SHORT_S, SUSPECT_S, UNDIVIDED_S
 
-__all__ = ["BUDGET_S", "DROPPED", "Dispatcher", "Supply"]
+__all__ = ["DROPPED", "Dispatcher", "Supply"]
 
 _log = get_logger("flame.worker")
-
-BUDGET_S: Final = 0.05
-"""How long a call may wait here for a slot: the time budget of rule 2."""
-
-SUSPECT_S: Final = 1.0
-"""The same for a suspect: it comes back at once, as a worker never ceases to take suspects."""
-
-SHORT_S: Final = 0.01
-"""Work that is over so soon is given to a slot ahead of time, behind what runs there."""
-
-UNDIVIDED_S: Final = 0.002
-"""A frame of less work than this goes to one slot whole: dividing it costs more than it wins."""
-
-LEAD_S: Final = 0.02
-"""So long before a call is expected to end, its successor is asked for: the broker needs a few
-milliseconds, and what comes early waits less than its budget."""
 
 DROPPED: Final[Mapping[type[CallError], str]] = {
     CallCancelled: "cancelled before it started",
@@ -85,11 +71,14 @@ class Supply(Protocol):
     def refill(self) -> None:
         """A slot is free and nothing waits for it."""
 
+    def foresee(self, class_name: str, /) -> None:
+        """A slot of a class will be free in a moment."""
+
     def widen(self) -> None:
         """More calls can run at a time than before."""
 
-    def short(self, class_name: str, /) -> None:
-        """Send frames of a class ahead of free slots: they are over at once."""
+    def short(self, class_name: str, seconds: float, /) -> None:
+        """Send frames of a class ahead of free slots: they take so little time."""
 
 
 class Dispatcher:
@@ -271,8 +260,8 @@ class Dispatcher:
         spec = batch.spec
         if given.kept:
             self._pace.learn(spec.target, given.kept, seconds)
-        if seconds < SHORT_S and given.unfinished <= 0:
-            self.intake.short(spec.resources)
+        if seconds < LEAD_S and given.unfinished <= 0:
+            self.intake.short(spec.resources, seconds)
         self._fill()
 
     def on_ready(self, slot: Slot) -> None:
@@ -372,7 +361,8 @@ class Dispatcher:
         work_s = self._pace.foresee_s(frame.spec.target, len(calls), LEAD_S / 2)
         if work_s is not None and work_s > LEAD_S:
             given.until = given.at + work_s
-            asyncio.get_running_loop().call_at(given.until - LEAD_S, self.intake.refill)
+            foresee = partial(self.intake.foresee, frame.spec.resources)
+            asyncio.get_running_loop().call_at(given.until - LEAD_S, foresee)
 
     def _line_of(self, holding: Holding) -> deque[Holding]:
         spec = holding.frame.spec

@@ -42,13 +42,11 @@ from flame_worker.leases import Leases
 from flame_worker.outbox import Outbox
 from flame_worker.spool import Spool
 from flame_worker.taps import Draw, Tap
+from flame_worker.timing import frames_ahead
 
 __all__ = ["Intake"]
 
 _log = get_logger("flame.worker")
-
-AHEAD: Final = 6
-"""Frames held beyond the number of slots while calls are short: they hide the broker's latency."""
 
 _REFILL_EVERY_S: Final = 0.01
 _LOOK_EVERY_S: Final = 0.05
@@ -96,7 +94,7 @@ class Intake:
         self._settled: OrderedDict[bytes, None] = OrderedDict()
         self._dropped: OrderedDict[tuple[str, int], type[CallError]] = OrderedDict()
         self._full: set[str] = set()
-        self._short: set[str] = set()
+        self._ahead: dict[str, int] = {}
         self._refilling: asyncio.Task[None] | None = None
         self._refill_again = False
         self._looking: asyncio.TimerHandle | None = None
@@ -162,7 +160,7 @@ class Intake:
 
         How many messages that queue sends all the same: unused credit cannot be withdrawn.
         """
-        self._short.discard(class_name)
+        self._ahead.pop(class_name, None)
         if class_name in self._full or class_name not in self._taps:
             return 0
         self._full.add(class_name)
@@ -171,16 +169,25 @@ class Intake:
             self._spawn(self._shut(tap, [draw for draw in tap.draws if draw.used]))
         return sum(tap.unused for tap in taps if tap.queue.name == queue)
 
-    def short(self, class_name: str) -> None:
-        """Hold frames ahead: calls of this class are over before the broker could send more."""
-        if class_name not in self._short and class_name not in self._full:
-            self._short.add(class_name)
+    def short(self, class_name: str, seconds: float) -> None:
+        """Hold frames ahead: they are over before the broker could send more."""
+        ahead = frames_ahead(seconds, self._dispatcher.pool.width(class_name))
+        if class_name in self._full and not self._dispatcher.waits(class_name):
+            self._full.discard(class_name)
+        if class_name not in self._full and ahead > self._ahead.get(class_name, 0):
+            self._ahead[class_name] = ahead
             self._refill_soon()
 
     def refill(self) -> None:
         """Consume again where there is room; does nothing while nothing was shut."""
         if self._full or self._refill_again:
             self._refill_soon()
+
+    def foresee(self, class_name: str) -> None:
+        """Ask for the next call before one has ended: with its ack it would come later."""
+        if class_name not in self._ahead and class_name in self._taps:
+            self._full.add(class_name)
+        self.refill()
 
     def widen(self) -> None:
         """More calls can run at a time than before."""
@@ -246,7 +253,7 @@ class Intake:
         if not slots and not self._dispatcher.room(class_name):
             self._full.add(class_name)
             return
-        ahead = AHEAD if class_name in self._short else 0
+        ahead = self._ahead.get(class_name, 0)
         free = max(slots, 1) - self.leases.occupied(class_name)
         if free <= 0:
             self._full.add(class_name)
