@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -42,7 +43,7 @@ class Settings:
     map_limit_s: float = 20.0
     payload_limit_s: float = 4.0
     idle_s: float = 10.0
-    nap_calls: int = 100
+    nap_s: float = 5.0
     history_calls: int = 1_000_000
     delayed_calls: int = 100_000
     delayed_s: float = 100.0
@@ -269,13 +270,14 @@ def payload_256m(driver: Driver) -> Figure:
     return round_trips(driver, 256 * 1024**2, 2)
 
 
-def nap_100ms(driver: Driver) -> Figure:
-    """Calls of 100 ms on two slots, against the time that perfect packing would take."""
-    count = driver.settings.nap_calls
+def naps(seconds: float, driver: Driver) -> Figure:
+    """Calls of one length on two slots, against the time that perfect packing would take."""
+    count = round(driver.settings.nap_s / seconds) * driver.system.lab.worker_processes
+    driver.system.burst(targets.nap, [seconds] * driver.system.lab.worker_processes)
     started = time.perf_counter()
-    driver.system.burst(targets.nap, [0.1] * count)
+    driver.system.burst(targets.nap, [seconds] * count)
     elapsed = time.perf_counter() - started
-    ideal_s = 0.1 * count / driver.system.lab.worker_processes
+    ideal_s = seconds * count / driver.system.lab.worker_processes
     return {"calls": count, "seconds": elapsed, "ideal_s": ideal_s, "efficiency": ideal_s / elapsed}
 
 
@@ -285,7 +287,10 @@ FIGURES: dict[str, Callable[[Driver], Figure]] = {
     "idle": idle,
     "sequential": sequential,
     "futures": futures,
-    "nap_100ms": nap_100ms,
+    "nap_1ms": partial(naps, 0.001),
+    "nap_5ms": partial(naps, 0.005),
+    "nap_20ms": partial(naps, 0.02),
+    "nap_100ms": partial(naps, 0.1),
     "map_100k": map_100k,
     "map_1m": map_1m,
     "payload_1k": payload_1k,
