@@ -140,6 +140,7 @@ class Custodian:
         self._spawn(self._leases.watch())
         self._spawn(self._time.load())
         self._spawn(self._time.start())
+        self._spawn(self._time.give_up_late())
         self._spawn(self._scheduler.run())
         await self._transport.consume(self._queue.name, self._on_letter, prefetch=_AHEAD)
 

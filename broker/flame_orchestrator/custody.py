@@ -82,6 +82,14 @@ class Run(NamedTuple):
     limit_s: float = 0.0
 
 
+class Late(NamedTuple):
+    """A call that has waited in its queue for longer than it was to."""
+
+    client: str
+    counter: int
+    attempt: int
+
+
 class Custody:
     """Keeps the calls of one cluster key. Its methods block: call them in a thread.
 
@@ -243,11 +251,32 @@ class Custody:
             kept.c.due_at == bindparam("due"),
             kept.c.state == CallState.WAITING.value,
         )
-        rows = [{"row": call.id, "at": call.attempt, "due": call.due_at} for call in calls]
+        now = time()
+        rows = [
+            {
+                "row": call.id,
+                "at": call.attempt,
+                "due": call.due_at,
+                "late": now + call.queue_timeout_s if call.queue_timeout_s else None,
+            }
+            for call in calls
+        ]
         with self._engine.begin() as connection:
             self._fence(connection, epoch)
             if rows:
-                connection.execute(statement.values(state=CallState.QUEUED.value), rows)
+                queued = {"state": CallState.QUEUED.value, "late_at": bindparam("late")}
+                connection.execute(statement.values(queued), rows)
+
+    def late(self, before: float, limit: int) -> list[Late]:
+        """Calls in their queues that were to start earlier, in seconds since 1970; some of them."""
+        waits = and_(kept.c.key_id == self._key.hex_id, kept.c.state == CallState.QUEUED.value)
+        wanted = (
+            select(kept.c.client, kept.c.counter, kept.c.attempt)
+            .where(waits, kept.c.late_at < before)
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            return [Late(*row) for row in connection.execute(wanted)]
 
     def forget(self, *, before: float) -> int:
         """Delete what ended earlier, in seconds since 1970; how many rows that were."""

@@ -139,6 +139,7 @@ kept: Final = Table(
     Column("limit_key", Text),
     Column("limit_calls", Integer),
     Column("place", Integer),  # 1: it has one under its limit; 0: it waits for one alone
+    Column("late_at", Float),  # when it has waited long enough in its queue; NULL: never
     UniqueConstraint("client", "counter"),
     UniqueConstraint("key_id", "once"),
 )
@@ -174,6 +175,14 @@ Index(
     kept.c.limit_key,
     sqlite_where=text("place = 1"),
     postgresql_where=text("place = 1"),
+)
+
+Index(
+    "kept_late",
+    kept.c.key_id,
+    kept.c.late_at,
+    sqlite_where=text("state = 'queued'"),
+    postgresql_where=text("state = 'queued'"),
 )
 
 dependencies: Final = Table(

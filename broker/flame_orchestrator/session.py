@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, cast
 import msgpack
 from sqlalchemy import Connection, and_, bindparam, delete, select, update
 
-from flame_broker.errors import CallCancelled
+from flame_broker.errors import CallCancelled, CallError, CallExpired
 from flame_broker.frames import encode
 from flame_broker.keys import Key
 from flame_broker.messages import (
@@ -42,6 +42,7 @@ __all__ = ["Answer", "News", "Session"]
 _TOMBSTONE_S: Final = 7 * 24 * 3600.0  # as long as the ledger queue keeps what it has
 _MOST_AT_ONCE: Final = 10_000  # SQLite takes 32,766 values (sqlite.org/limits.html)
 _OUR_NAME: Final = "orchestrator"
+_LATE: Final = "no worker has started it within its queue timeout"
 _CHANGEABLE: Final = (
     "state", "attempt", "due_at", "reason", "ended_at", "ended_by", "run", "worker", "started_at",
     "not_before", "unmet", "place",
@@ -282,18 +283,22 @@ class Session:
     def _obey(self, letter: Letter, frame: ControlFrame) -> None:
         rows = [self._known.get((letter.client, counter)) for counter in sorted(letter.counters)]
         found = [row for row in rows if row is not None]
+        if frame.verb == "cancel":
+            self._bury(letter)
+            self._cancel(found, letter.mark, spare=bool(frame.arguments.get("spare_running")))
+        for row in found:
+            self._change(row, frame, letter.mark)
+
+    def _change(self, row: Kept, frame: ControlFrame, mark: bytes) -> None:
         match frame.verb:
-            case "cancel":
-                self._bury(letter)
-                self._cancel(found, letter.mark, spare=bool(frame.arguments.get("spare_running")))
             case "unmet":
-                self._forgo(found, letter.mark, str(frame.arguments.get("reason")))
+                self._forgo(row, mark, str(frame.arguments.get("reason")))
+            case "late":
+                self._expire(row, mark, frame.arguments.get("attempt"))
             case "release":
-                for row in found:
-                    release(row, frame.arguments.get("run"), self._key)
+                release(row, frame.arguments.get("run"), self._key)
             case "lost" | "overdue" if frame.arguments.get("epoch") == self._epoch:
-                for row in found:
-                    self._take_from(row, frame, letter.mark)
+                self._take_from(row, frame, mark)
 
     def _take_from(self, row: Kept, frame: ControlFrame, mark: bytes) -> None:
         """A run is silent, or goes on for too long: it has this call no more."""
@@ -318,20 +323,25 @@ class Session:
                 continue
             if row.ended_at is not None and row.ended_by != mark:
                 continue
-            payload = encode_failure(CallCancelled, "cancelled in the orchestrator's custody")
-            final = Result(row.counter, Status.FAILED, payload)
-            if row.ended_at is None:
-                row.end(final, mark)
-            self._end(row, final)
+            self._fail(row, mark, CallCancelled, "cancelled in the orchestrator's custody")
 
-    def _forgo(self, rows: Iterable[Kept], mark: bytes, reason: str) -> None:
-        """What calls wait for did not come about."""
-        for row in rows:
-            if row.unmet and (row.ended_at is None or row.ended_by == mark):
-                final = Result(row.counter, Status.FAILED, encode_failure(CallCancelled, reason))
-                if row.ended_at is None:
-                    row.end(final, mark)
-                self._end(row, final)
+    def _forgo(self, row: Kept, mark: bytes, reason: str) -> None:
+        """What a call waits for did not come about."""
+        if row.unmet and (row.ended_at is None or row.ended_by == mark):
+            self._fail(row, mark, CallCancelled, reason)
+
+    def _expire(self, row: Kept, mark: bytes, attempt: object) -> None:
+        """No worker has taken a call in its time."""
+        waits = row.state == CallState.QUEUED.value and row.attempt == attempt
+        if waits or row.ended_by == mark:
+            self._fail(row, mark, CallExpired, _LATE)
+
+    def _fail(self, row: Kept, mark: bytes, kind: type[CallError], reason: str) -> None:
+        """End a call, unless this letter has done so before, and tell its client."""
+        final = Result(row.counter, Status.FAILED, encode_failure(kind, reason))
+        if row.ended_at is None:
+            row.end(final, mark)
+        self._end(row, final)
 
     def _bury(self, letter: Letter) -> None:
         """Remember them for workers that are not there to hear of it."""

@@ -18,6 +18,7 @@ from typing import Final, Protocol, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from flame_broker.backoff import Backoff
+from flame_broker.clock import Clock
 from flame_broker.errors import FlameError
 from flame_broker.frames import encode
 from flame_broker.keys import Key
@@ -47,6 +48,9 @@ _AHEAD_S: Final = 0.5
 _LOOK_SOON_S: Final = 0.05
 _SWEEP_SHARE: Final = 20
 """Another orchestrator may have written of an end that calls wait for: a twentieth of the time."""
+
+_LATE_S: Final = 15.0
+"""What runs for five seconds has a lease; this leaves time to claim it and to write it down."""
 
 _LOOK_EVERY_S: Final = 5.0
 """A clock that jumps must not leave a timer asleep: so often the database is asked anyway."""
@@ -87,6 +91,7 @@ class Timekeeper:
         self._in_thread = in_thread
         self._epoch = epoch
         self._fenced = fenced
+        self._clock = Clock()
         self._taken: set[tuple[int, int]] = set()
         self._lifted_at: int | None = None
         self._sweep_at = 0.0
@@ -180,14 +185,8 @@ class Timekeeper:
         work = partial(self._custody.lift_bars, epoch, time() + _AHEAD_S, among)
         try:
             lifted = await self._in_thread(work)
-            queue = self._reply
             for client, counter, reason in lifted.hopeless:
-                # A letter to ourselves: what it says is repeated until the client is told.
-                told: dict[str, Plain] = {
-                    "client": client, "counters": (counter,), "reason": reason
-                }  # fmt: skip
-                body = encode(ControlFrame(queue, "unmet", told), self._key)
-                await self._transport.publish(queue, body)
+                await self._decide("unmet", client, counter, reason=reason)
         except (SQLAlchemyError, FlameError):
             self._lifted_at = None  # once more, and everything
             raise
@@ -197,6 +196,32 @@ class Timekeeper:
         if among is None:
             now = asyncio.get_running_loop().time()
             self._sweep_at = now + max(_LOOK_EVERY_S, _SWEEP_SHARE * (now - began))
+
+    async def give_up_late(self) -> None:
+        """End calls that no worker has taken in their time; for ever.
+
+        A worker that takes one afterwards sees that it is late. One that runs has a lease by then,
+        unless we have just begun to lead.
+        """
+        led = None
+        while True:
+            await asyncio.sleep(_LATE_S)
+            epoch = self._epoch()
+            if epoch is not None and epoch == led:
+                try:
+                    before = self._clock.earliest() - _LATE_S
+                    late = await self._in_thread(partial(self._custody.late, before, _MOST))
+                    for client, counter, attempt in late:
+                        await self._decide("late", client, counter, attempt=attempt)
+                except (SQLAlchemyError, FlameError) as problem:
+                    _log.warning("custody.late_calls_not_ended", reason=in_words(problem))
+            led = epoch
+
+    async def _decide(self, verb: str, client: str, counter: int, **more: Plain) -> None:
+        """A letter to ourselves: what it says is repeated until the client is told."""
+        told: dict[str, Plain] = {"client": client, "counters": (counter,), **more}
+        body = encode(ControlFrame(self._reply, verb, told), self._key)
+        await self._transport.publish(self._reply, body)
 
     # ── to the broker ────────────────────────────────────────────────────────
 

@@ -48,6 +48,7 @@ __all__ = [
     "deposit",
     "failed",
     "good",
+    "late",
     "letter",
     "lost",
     "outcome",
@@ -187,6 +188,12 @@ def lost(*counters: int, epoch: int, run: str = "w/1", client: str = "c") -> Let
 def overdue(*counters: int, epoch: int, run: str = "w/1", client: str = "c") -> Letter:
     """A run goes on that its worker should have ended."""
     return _of_a_run("overdue", counters, epoch, run, client)
+
+
+def late(counter: int, *, attempt: int = 1, client: str = "c") -> Letter:
+    """No worker has taken an attempt in its time."""
+    about: dict[str, Plain] = {"client": client, "counters": (counter,), "attempt": attempt}
+    return letter(ControlFrame(CUSTODY, "late", about))
 
 
 def _of_a_run(verb: str, counters: tuple[int, ...], epoch: int, run: str, client: str) -> Letter:

@@ -14,7 +14,15 @@ import pytest
 from flame_broker.errors import BrokerUnavailable
 from flame_broker.frames import encode, identity, open_frame
 from flame_broker.memory import MemoryTransport
-from flame_broker.messages import FRAME_CALLS, Call, CallFrame, CallSpec, Deposit, Target
+from flame_broker.messages import (
+    FRAME_CALLS,
+    Call,
+    CallFrame,
+    CallSpec,
+    ControlFrame,
+    Deposit,
+    Target,
+)
 from flame_broker.topology import calls_queue, custody_queue
 from flame_orchestrator.custody import Custody
 from flame_orchestrator.database import open_database
@@ -52,12 +60,18 @@ class Clockwork:
         return await asyncio.to_thread(work)
 
     def deposit(
-        self, *counters: int, due: float = 0.0, client: str = "c", epoch: int | None = None
+        self,
+        *counters: int,
+        due: float = 0.0,
+        client: str = "c",
+        epoch: int | None = None,
+        queue_timeout_s: float = 0.0,
     ) -> None:
         """Calls arrive, at us or at the leader of a later epoch."""
         calls = tuple(Call(counter, b"") for counter in counters)
         frame = CallFrame(CALLS.name, "reply", client, CallSpec(Target("m:f")), calls)
-        frame_and_terms = Deposit(CUSTODY, frame, (due,) * len(calls), ("",) * len(calls))
+        dues, keys = (due,) * len(calls), ("",) * len(calls)
+        frame_and_terms = Deposit(CUSTODY, frame, dues, keys, queue_timeout_s=queue_timeout_s)
         letter = Letter(frame_and_terms, identity(encode(frame_and_terms, KEY)))
         leader = epoch or self.epoch
         assert leader is not None
@@ -168,3 +182,29 @@ async def test_who_was_overtaken_without_hearing_of_it_starts_nothing_of_his_suc
         works.deposit(1, epoch=works.custody.lead("another"))
         await eventually(lambda: bool(works.fenced), 10)
         assert works.started == []
+
+
+async def test_a_call_that_no_worker_has_taken_in_its_time_is_reported_to_the_custodian(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flame_orchestrator.timekeeper._LATE_S", 0.05)
+    async with clockwork(tmp_path) as works:
+        letters: list[ControlFrame] = []
+
+        def arrived(delivery: Any) -> None:
+            frame = open_frame(delivery.body, KEYRING, queue=CUSTODY).frame
+            assert isinstance(frame, ControlFrame)
+            letters.append(frame)
+            delivery.ack()
+
+        await works.transport.declare(custody_queue(KEY.hex_id))
+        await works.transport.consume(CUSTODY, arrived, prefetch=0)
+        ending = asyncio.ensure_future(works.timekeeper.give_up_late())
+        works.deposit(1, queue_timeout_s=0.001)
+        works.deposit(2, queue_timeout_s=3600.0)
+        await eventually(lambda: letters != [], 10)
+        assert (letters[0].verb, letters[0].arguments) == (
+            "late", {"client": "c", "counters": (1,), "attempt": 1}
+        )  # fmt: skip
+        assert sorted(works.started) == [("c", 1), ("c", 2)]
+        ending.cancel()
