@@ -203,19 +203,24 @@ class Timekeeper:
         A worker that takes one afterwards sees that it is late. One that runs has a lease by then,
         unless we have just begun to lead.
         """
-        led = None
+        loop = asyncio.get_running_loop()
+        led, since = None, 0.0
         while True:
-            await asyncio.sleep(_LATE_S)
+            await asyncio.sleep(_LOOK_EVERY_S)
             epoch = self._epoch()
-            if epoch is not None and epoch == led:
-                try:
-                    before = self._clock.earliest() - _LATE_S
-                    late = await self._in_thread(partial(self._custody.late, before, _MOST))
-                    for client, counter, attempt in late:
-                        await self._decide("late", client, counter, attempt=attempt)
-                except (SQLAlchemyError, FlameError) as problem:
-                    _log.warning("custody.late_calls_not_ended", reason=in_words(problem))
-            led = epoch
+            if epoch != led:
+                led, since = epoch, loop.time()
+            elif epoch is not None and loop.time() - since >= _LATE_S:
+                await self._report_late()
+
+    async def _report_late(self) -> None:
+        before = self._clock.earliest() - _LATE_S
+        try:
+            late = await self._in_thread(partial(self._custody.late, before, _MOST))
+            for client, counter, attempt in late:
+                await self._decide("late", client, counter, attempt=attempt)
+        except (SQLAlchemyError, FlameError) as problem:
+            _log.warning("custody.late_calls_not_ended", reason=in_words(problem))
 
     async def _decide(self, verb: str, client: str, counter: int, **more: Plain) -> None:
         """A letter to ourselves: what it says is repeated until the client is told."""

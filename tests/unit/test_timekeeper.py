@@ -187,7 +187,8 @@ async def test_who_was_overtaken_without_hearing_of_it_starts_nothing_of_his_suc
 async def test_a_call_that_no_worker_has_taken_in_its_time_is_reported_to_the_custodian(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flame_orchestrator.timekeeper._LATE_S", 0.05)
+    for name in ("_LATE_S", "_LOOK_EVERY_S"):
+        monkeypatch.setattr(f"flame_orchestrator.timekeeper.{name}", 0.05)
     async with clockwork(tmp_path) as works:
         letters: list[ControlFrame] = []
 
