@@ -289,7 +289,7 @@ class Orchestrator:
         arrivals = [Arrival(frame, d.body) for d in taken if (frame := self._read(d)) is not None]
         return self._ledger.record(arrivals)
 
-    def _read(self, delivery: Delivery) -> CallFrame | ResultFrame | None:
+    def _read(self, delivery: Delivery) -> CallFrame | ResultFrame | ControlFrame | None:
         """What the ledger keeps of a message; None if that is nothing."""
         try:
             # A copy: it is signed for the queue that the original went to.
@@ -297,9 +297,9 @@ class Orchestrator:
         except FlameError as problem:
             _log.warning("ledger.refused", reason=str(problem))
             return None
-        if isinstance(frame, (CallFrame, ResultFrame)) and _is_countable(frame):
-            return frame
-        return None
+        if isinstance(frame, (CallFrame, ResultFrame)):
+            return frame if _is_countable(frame) else None
+        return frame if isinstance(frame, ControlFrame) and frame.verb == "disown" else None
 
     def _written(self, writing: asyncio.Task[None]) -> None:
         self._writing = None

@@ -22,7 +22,7 @@ from flame_broker.errors import ConfigError, FlameError
 
 __all__ = ["SCHEMA_VERSION", "default_url", "in_words", "open_database"]
 
-SCHEMA_VERSION: Final = "0008"
+SCHEMA_VERSION: Final = "0009"
 """The last migration."""
 
 _MIGRATIONS: Final = Path(__file__).with_name("migrations")

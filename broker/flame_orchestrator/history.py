@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import msgpack
-from sqlalchemy import Connection, Engine, Row, Select, and_, select
+from sqlalchemy import Connection, Engine, Row, and_, select
 
 from flame_broker.frames import reread
 from flame_broker.messages import (
@@ -20,13 +20,13 @@ from flame_broker.messages import (
     call_id,
     parse_call_id,
 )
+from flame_orchestrator.choice import choose, result_frames
 from flame_orchestrator.schema import (
     NEVER,
     batches,
     dependencies,
     failures,
     kept,
-    outcomes,
     schedules,
     tombstones,
 )
@@ -127,9 +127,8 @@ class History:
         """The results of these calls of a client, in the frames that brought them."""
         found: dict[int, ResultFrame] = {}
         with self._engine.connect() as connection:
-            for first, last in near_runs(sorted(counters)):
-                for row, frame in _result_frames(connection, client, first, last):
-                    found[row.id] = frame
+            for row, frame in result_frames(connection, client, counters):
+                found[row.id] = frame
         return [found[row] for row in sorted(found)]
 
 
@@ -141,7 +140,8 @@ def outcome_of(connection: Connection, client: str, counter: int) -> Outcome | N
     _, final = found
     if not final.index:
         return Outcome([], final)
-    every = (result for _, result in _results_of(connection, client, counter))
+    frames = (frame for _, frame in result_frames(connection, client, [counter]))
+    every = (r for frame in frames for r in frame.results if r.counter == counter)
     items = {r.index: r for r in every if r.status is Status.ITEM}
     return Outcome([items[n] for n in sorted(items)], final)
 
@@ -210,11 +210,8 @@ def _add_ends(connection: Connection, calls: list[Facts]) -> None:
             client, counter = parse_call_id(facts["id"])
             well[client][counter] = facts
     for client, by_counter in well.items():
-        for first, last in near_runs(sorted(by_counter)):
-            for row, frame in _result_frames(connection, client, first, last):
-                for result in frame.results:
-                    if result.counter in by_counter and result.status is Status.OK:
-                        by_counter.pop(result.counter).update(_end(row, result))
+        for counter, chosen in choose(connection, client, by_counter).items():
+            by_counter[counter].update(_end(chosen.row, chosen.final))
 
 
 def _summary(row: Row[Any], counter: int, *, ended: bool, known: Mapping[int, Facts]) -> Facts:
@@ -367,34 +364,9 @@ def _has_ended(batch: Row[Any], counter: int) -> bool:
 
 
 def _ending_of(connection: Connection, client: str, counter: int) -> tuple[Row[Any], Result] | None:
-    """The first terminal outcome of a call, and where it stands."""
-    for row, result in _results_of(connection, client, counter):
-        if result.status not in (Status.ITEM, Status.AGAIN):
-            return row, result
-    return None
-
-
-def _results_of(
-    connection: Connection, client: str, counter: int
-) -> Iterator[tuple[Row[Any], Result]]:
-    for row, frame in _result_frames(connection, client, counter, counter):
-        for result in frame.results:
-            if result.counter == counter:
-                yield row, result
-
-
-def _result_frames(
-    connection: Connection, client: str, first: int, last: int
-) -> Iterator[tuple[Row[Any], ResultFrame]]:
-    for row in connection.execute(_overlapping(client, first, last)):
-        frame = reread(row.body)
-        assert isinstance(frame, ResultFrame)
-        yield row, frame
-
-
-def _overlapping(client: str, first: int, last: int) -> Select[Any]:
-    found = select(outcomes).where(overlapping(outcomes, client, first, last))
-    return found.order_by(outcomes.c.id)
+    """The outcome of a call that counts, and where it stands."""
+    chosen = choose(connection, client, [counter]).get(counter)
+    return None if chosen is None else (chosen.row, chosen.final)
 
 
 def _end(row: Row[Any], final: Result) -> Facts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import time
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from flame_broker.errors import MalformedMessage
 from flame_broker.frames import identity, reread
 from flame_broker.logs import get_logger
-from flame_broker.messages import CallFrame, Result, ResultFrame, Status
-from flame_orchestrator.schema import batches, clients, failures, outcomes
+from flame_broker.messages import CallFrame, ControlFrame, Result, ResultFrame, Status
+from flame_orchestrator.choice import choose, disowned_row, doubtful
+from flame_orchestrator.schema import batches, clients, disowned, failures, outcomes
 from flame_orchestrator.spans import Span, near_runs, overlapping
 from flame_orchestrator.states import Ending, ending_of
 
@@ -31,7 +33,7 @@ _log = get_logger("flame.orchestrator")
 class Arrival(NamedTuple):
     """A frame that was verified, and the bytes it came as."""
 
-    frame: CallFrame | ResultFrame
+    frame: CallFrame | ResultFrame | ControlFrame
     body: bytes
 
 
@@ -79,15 +81,19 @@ class Ledger:
         ended = _ended((frame for frame, _ in results), now)
         for client, fresh in ended.items():
             fresh.drop_late(_ended_among(connection, client, [*fresh.failures]))
+        words = [(a.frame, a.body) for a in arrivals if isinstance(a.frame, ControlFrame)]
+        refusals = (disowned_row(word, body, now) for word, body in words)
         rows = {
             batches: [_batch_row(frame, body, now) for frame, body in calls],
             outcomes: [_outcome_row(frame, body, now) for frame, body in results],
+            disowned: [row for row in refusals if row is not None],
         }
         for table, new in rows.items():
             self._insert(connection, table, new)
-        self._widen(connection, _widths([*rows[batches], *rows[outcomes]]))
+        self._widen(connection, _widths(chain.from_iterable(rows.values())))
         for fresh in ended.values():
             self._insert(connection, failures, [*fresh.failures.values()])
+        self._choose_again(connection, ended, rows[disowned])
         self._tick_off(connection, [frame for frame, _ in calls], ended)
         return {client: fresh.counters for client, fresh in ended.items()}
 
@@ -110,6 +116,7 @@ class Ledger:
             # What ended before it, ended before everything that stays was queued.
             for table in (outcomes, failures):
                 gone += connection.execute(delete(table).where(table.c.ended_at < oldest)).rowcount
+            connection.execute(delete(disowned).where(disowned.c.at < oldest))
             return gone
 
     def _now(self) -> float:
@@ -132,6 +139,32 @@ class Ledger:
     def _insert(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
         if rows:
             connection.execute(self._dialect.insert(table).on_conflict_do_nothing(), rows)
+
+    def _choose_again(
+        self,
+        connection: Connection,
+        ended: Mapping[str, _Ended],
+        refusals: Iterable[dict[str, Any]],
+    ) -> None:
+        """Of calls with several outcomes, let that one be told of which their client took."""
+        calls = defaultdict(set, {client: {*fresh.counters} for client, fresh in ended.items()})
+        for row in refusals:
+            span = Span.load(row["first"], row["last"], row["counters"])
+            calls[row["client"]] |= {*span.counters}
+        for client, counters in doubtful(connection, calls).items():
+            told = and_(failures.c.client == client, failures.c.counter.in_(counters))
+            connection.execute(delete(failures).where(told))
+            chosen = choose(connection, client, counters).values()
+            endings = ((one, ending_of(one.final)) for one in chosen)
+            self._insert(
+                connection,
+                failures,
+                [
+                    _failure_row(one.frame, one.final, ending, one.row.ended_at)
+                    for one, ending in endings
+                    if ending is not None and ending.error
+                ],
+            )
 
     def _tick_off(
         self,

@@ -27,6 +27,7 @@ __all__ = [
     "batches",
     "clients",
     "dependencies",
+    "disowned",
     "failures",
     "followers",
     "kept",
@@ -112,6 +113,21 @@ failures: Final = Table(
     UniqueConstraint("client", "counter"),
 )
 """Calls that did not succeed."""
+
+disowned: Final = Table(
+    "disowned",
+    metadata,
+    Column("note", LargeBinary, primary_key=True),  # the signature of the client's word
+    Column("mark", LargeBinary, nullable=False),  # of the results, as in ``outcomes``
+    Column("client", Text, nullable=False),
+    Column("first", Integer, nullable=False),
+    Column("last", Integer, nullable=False),
+    Column("counters", LargeBinary),  # msgpack; NULL where they are consecutive
+    Column("at", Float, nullable=False),
+)
+"""Results that their client did not take, since it had others of the same calls."""
+
+Index("disowned_of_client", disowned.c.client, disowned.c.first)
 
 kept: Final = Table(
     "kept",

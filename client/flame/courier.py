@@ -108,6 +108,7 @@ class Courier:
             self.pending,
             released=self._sender.released,
             unblock=self._sender.unblock,
+            disown=self._sender.disown,
         )
         self._inquiry = Inquiry(self._transport, keyring, self.answers, lambda: self._sender.reply)
         self._expiry = self._sender.expiry = Expiry(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from time import monotonic
+from typing import Final
 
 from flame.answers import Answers
 from flame.console import Console, LogBook
-from flame.lanes import Pending, Record
+from flame.lanes import Lane, Pending, Record
+from flame_broker.frames import identity
 from flame_broker.messages import Event, EventFrame, EventKind, Result, ResultFrame, Status
 from flame_broker.transport import Delivery
 
 __all__ = ["Replies"]
+
+_REMEMBERED_FRAMES: Final = 10_000
 
 
 class Replies:
@@ -22,6 +27,7 @@ class Replies:
         pending: Who waits.
         released: Told of each settled call that took room in the window.
         unblock: Called when there is room again.
+        disown: Told which results nobody waited for any more, by the frame that brought them.
 
     Attributes:
         console: Prints what calls say.
@@ -36,6 +42,7 @@ class Replies:
         *,
         released: Callable[[Record, int], None],
         unblock: Callable[[], None],
+        disown: Callable[[bytes, list[int]], None],
     ) -> None:
         self.console = Console()
         self.log_book = LogBook()
@@ -44,12 +51,15 @@ class Replies:
         self._pending = pending
         self._released = released
         self._unblock = unblock
+        self._disown = disown
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
 
     def on_reply(self, delivery: Delivery) -> None:
         """Settle what the results of one frame belong to, then ack it."""
         frame = self._answers.open(delivery, delivery.queue)
         if isinstance(frame, ResultFrame):
-            self._settle(frame)
+            if self._is_new(mark := identity(delivery.body)):
+                self._settle(frame, mark)
         else:
             self._answers.tell(frame)
         delivery.ack()
@@ -62,11 +72,21 @@ class Replies:
                 self._note(frame.label, event, echo=frame.echo)
         delivery.ack()
 
-    def _settle(self, frame: ResultFrame) -> None:
+    def _is_new(self, mark: bytes) -> bool:
+        """Whether this frame has not come before: what it brought then must not be disowned."""
+        if mark in self._seen:
+            return False
+        self._seen[mark] = None
+        if len(self._seen) > _REMEMBERED_FRAMES:
+            self._seen.popitem(last=False)
+        return True
+
+    def _settle(self, frame: ResultFrame, mark: bytes) -> None:
         # The hot path of a client: about 1 µs a result. Who takes the record out of the table
         # settles it, so a repeated, late or cancelled result finds none and is dropped.
         pop, item, settled = self._pending.records.pop, Status.ITEM, 0
         record: Record | None = None
+        dropped: list[int] = []
         for result in frame.results:
             outcome = result
             if result.status is item or result.index:
@@ -76,13 +96,18 @@ class Replies:
                 outcome = followed
             record = pop(result.counter, None)
             if record is None:
+                dropped.append(result.counter)
                 continue
             settled += 1
             if record.gate is not None:
                 record.gate.inside -= 1
             record.settle(outcome)
+        if dropped:
+            self._disown(mark, dropped)
+        self._make_room(frame, settled, None if record is None else record.lane)
+
+    def _make_room(self, frame: ResultFrame, settled: int, lane: Lane | None) -> None:
         self.last_result_s = monotonic()
-        lane = None if record is None else record.lane
         if frame.seconds and lane is not None:
             lane.learn(len(frame.results), frame.seconds)
         if lane is None or lane.keeping is None:  # what is kept takes no room in the window

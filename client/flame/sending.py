@@ -29,7 +29,7 @@ from flame_broker.keys import Key
 from flame_broker.logs import get_logger
 from flame_broker.messages import Call, CallFrame, ControlFrame, Deposit, Plain, call_id
 from flame_broker.resources import DEFAULT_CLASS
-from flame_broker.topology import classes_queue, control_exchange, custody_queue
+from flame_broker.topology import classes_queue, control_exchange, custody_queue, ledger_queue
 from flame_broker.transport import DEFAULT_DEADLINE_S, Transport, Unroutable
 
 __all__ = ["Sender"]
@@ -159,13 +159,31 @@ class Sender:
         }
         exchange, custody = control_exchange(self._key.hex_id), custody_queue(self._key.hex_id).name
         for place, key in ((exchange, ""), ("", custody)):
-            body = encode(ControlFrame(place or custody, "cancel", arguments), self._key)
             # Where no orchestrator has ever run, there is no custody queue, and nothing is kept.
-            confirmed = self._transport.publish(
-                key, body, exchange=place, mandatory=False, deadline_s=_CANCEL_DEADLINE_S
-            )
-            self._in_flight.add(confirmed)
-            confirmed.add_done_callback(self._control_sent)
+            self._say("cancel", arguments, key, exchange=place)
+
+    def disown(self, mark: bytes, counters: list[int]) -> None:
+        """Tell the history that these results were not taken: they came too late, or twice.
+
+        Args:
+            mark: The signature of the frame that brought them.
+            counters: Whose they are.
+        """
+        if self._transport.capabilities.fanout:
+            ledger = ledger_queue(self._key.hex_id).name
+            told: dict[str, Plain] = {
+                "client": self._client_id, "mark": mark, "counters": tuple(counters)
+            }  # fmt: skip
+            self._say("disown", told, ledger)
+
+    def _say(self, verb: str, told: dict[str, Plain], queue: str, *, exchange: str = "") -> None:
+        """Say something that a broker which is away for long must not make us forget."""
+        body = encode(ControlFrame(exchange or queue, verb, told), self._key)
+        confirmed = self._transport.publish(
+            queue, body, exchange=exchange, mandatory=False, deadline_s=_CANCEL_DEADLINE_S
+        )
+        self._in_flight.add(confirmed)
+        confirmed.add_done_callback(partial(self._control_sent, verb))
 
     def released(self, record: Record, calls: int = 1) -> None:
         """Give back the room that published calls took."""
@@ -298,11 +316,11 @@ class Sender:
     def _fail(self, calls: Iterable[Call], exc: BaseException) -> None:
         self.fail([call.counter for call in calls], exc)
 
-    def _control_sent(self, confirmed: asyncio.Future[None]) -> None:
+    def _control_sent(self, verb: str, confirmed: asyncio.Future[None]) -> None:
         self._in_flight.discard(confirmed)
         exc = None if confirmed.cancelled() else confirmed.exception()
         if exc is not None:
-            _log.warning("cancel.not_sent", reason=str(exc))
+            _log.warning(f"{verb}.not_sent", reason=str(exc))
 
     # ── before the first frame of a lane ─────────────────────────────────────
 

@@ -70,7 +70,6 @@ def _runs(outcome: Outcome) -> Iterable[Sequence[object]]:
     yield "ran more often, retries included", len(outcome.records) - counts[0] - counts[1]
     for reason, count in outcome.verdict.again.most_common():
         yield f"ran again because {reason}", count
-    yield "ran again, and the history has another run's outcome", outcome.verdict.differing
     yield "were compared with the stored value", sum(bool(r.told.run) for r in outcome.records)
 
 

@@ -77,15 +77,12 @@ class Verdict:
         checked: For how many calls each rule was looked at.
         again: Why calls ran again, in calls.
         calm: Calls in whose life nobody lost a connection.
-        differing: Calls that ran more than once, of which the history has another run's outcome
-            than the client. That is a limit of ours (docs/architecture.md, The ledger), no breach.
     """
 
     breaches: list[Breach] = field(default_factory=list)
     checked: Counter[Rule] = field(default_factory=Counter)
     again: Counter[str] = field(default_factory=Counter)
     calm: int = 0
-    differing: int = 0
 
 
 class Trouble:
@@ -145,7 +142,6 @@ def judge(records: Iterable[Record], trouble: Trouble) -> Verdict:
             ]
         for reason in _reasons_to_run_again(record, trouble):
             verdict.again[reason] += 1
-        verdict.differing += _differs(record) and _has_two_outcomes(record, trouble)
         verdict.calm += not trouble.count(record.seen.made, _last(record))
     return verdict
 
@@ -192,7 +188,7 @@ def _may_end_so(record: Record, trouble: Trouble) -> bool:
 
 def _told(record: Record, trouble: Trouble) -> Iterator[str]:
     seen, told = record.seen, record.told
-    if not _differs(record) or _has_two_outcomes(record, trouble):
+    if not _differs(record):
         return
     story = f"{told.state or 'nothing'} {told.error or told.run}".strip()
     yield f"{seen.id} ended as {seen.end or 'nothing'} {seen.run}, and the history tells of {story}"
@@ -201,20 +197,6 @@ def _told(record: Record, trouble: Trouble) -> Iterator[str]:
 def _differs(record: Record) -> bool:
     told = record.told
     return not _agree(record) or bool(told.run and told.run != record.seen.run)
-
-
-def _has_two_outcomes(record: Record, trouble: Trouble) -> bool:
-    """Whether the client may have one outcome, and the history that of another start."""
-    seen, told = record.seen, record.told
-    ends = {seen.end, told.error or (VALUE if told.state == SUCCEEDED else told.state)}
-    if not ends <= {VALUE, _OWN_ERROR, _LOST}:
-        return False
-    started = len(record.runs)
-    if _LOST in ends:
-        if not trouble.killed_between(seen.made, _last(record)):
-            return False
-        started += not trouble.killed(record.runs)  # it was about to start, and left no trace
-    return started > 1 and trouble.count(seen.made, _last(record)) > 0
 
 
 def _agree(record: Record) -> bool:

@@ -77,7 +77,8 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         (folder / "ledger.sqlite").write_bytes(_empty_database())
         self.engine = open_database(f"sqlite:///{folder}/ledger.sqlite")
-        self.custody = Custody(self.engine, Ledger(self.engine), KEY)
+        self.ledger = Ledger(self.engine)
+        self.custody = Custody(self.engine, self.ledger, KEY)
         self.history = History(self.engine)
         self.epoch = self.custody.lead("us")
         self.told: dict[str, list[Result]] = defaultdict(list)
