@@ -46,6 +46,9 @@ T = TypeVar("T")
 _MOST: Final = 2000
 _AHEAD_S: Final = 0.5
 _LOOK_SOON_S: Final = 0.05
+_PACK_S: Final = 0.02
+"""What is due so soon after others goes with what is due then: messages cost more than calls."""
+
 _SWEEP_SHARE: Final = 20
 """Another orchestrator may have written of an end that calls wait for: a twentieth of the time."""
 
@@ -240,6 +243,8 @@ class Timekeeper:
                     self._soon = self._soon[len(due) :]
                     for frame, calls in self._frames(due):
                         self._spawn(frame, calls)
+                    await asyncio.sleep(_PACK_S)
+                    now = time()
                 next_s = self._soon[0].due_at - now if self._soon else _LOOK_EVERY_S
                 await _until(self._sooner, min(next_s, _LOOK_EVERY_S))
         finally:

@@ -123,6 +123,16 @@ async def test_calls_that_are_due_together_share_frames_and_answer_to_the_custod
         assert not any(frame.spec.track for frame in works.frames)
 
 
+async def test_calls_that_are_due_within_a_moment_share_frames(tmp_path: Path) -> None:
+    async with clockwork(tmp_path) as works:
+        first = time() + 3
+        for number in range(100):
+            works.deposit(number, due=first + number / 1000)
+        await eventually(lambda: len(works.started) >= 100, 10)
+        assert sorted(works.started) == [("c", number) for number in range(100)]
+        assert len(works.frames) <= 20
+
+
 async def test_a_call_starts_when_it_is_due_and_one_that_has_ended_meanwhile_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
