@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from flame_orchestrator.schema import (
     schedules,
     tombstones,
 )
-from flame_orchestrator.spans import Span, near_runs, overlapping
+from flame_orchestrator.spans import Span, merged, near_runs, overlapping
 from flame_orchestrator.states import TERMINAL, CallState
 
 __all__ = ["Facts", "History", "Outcome", "outcome_of", "perhaps_ended"]
@@ -177,29 +177,35 @@ def _listed(
         wanted = wanted.where(batches.c.unended > 0)
     else:
         wanted = wanted.limit(limit)
-    rows: Iterable[Row[Any]] = connection.execute(wanted.execution_options(yield_per=_AT_ONCE))
+    found = connection.execute(wanted.execution_options(yield_per=_AT_ONCE))
+    portions: Iterable[Sequence[Any]] = found.partitions(_AT_ONCE)
+    for rows in portions:
+        known = _known_of(connection, rows)
+        for row in rows:
+            span = Span.load(row.first, row.last, row.counters)
+            done = int.from_bytes(row.done, "little")
+            for at in range(len(span) - 1, -1, -1):
+                counter = span.counters[at]
+                ours = known[row.client].get(counter, {})
+                facts = _summary(row, counter, ended=bool(done >> at & 1), known=ours)
+                if state is None or facts["state"] == state.value:
+                    yield facts
+
+
+def _known_of(connection: Connection, rows: Iterable[Row[Any]]) -> dict[str, dict[int, Facts]]:
+    """What is known of single calls in some batches, by client."""
+    spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for row in rows:
-        span = Span.load(row.first, row.last, row.counters)
-        done = int.from_bytes(row.done, "little")
-        if state is CallState.QUEUED and not _any_queued(connection, row, span, done):
-            continue
-        known = _failures_in(connection, row.client, row.first, row.last) if done else {}
-        for counter, facts in _kept_in(connection, row.client, row.first, row.last).items():
-            known[counter] = known.get(counter, {}) | facts
-        for at in range(len(span) - 1, -1, -1):
-            counter = span.counters[at]
-            facts = _summary(row, counter, ended=bool(done >> at & 1), known=known)
-            if state is None or facts["state"] == state.value:
-                yield facts
-
-
-def _any_queued(connection: Connection, row: Row[Any], span: Span, done: int) -> bool:
-    """Whether any call of a frame is in a queue: neither over, nor waiting, nor running."""
-    elsewhere = kept.c.state.in_([CallState.WAITING.value, CallState.RUNNING.value])
-    near = and_(kept.c.client == row.client, kept.c.counter.between(row.first, row.last))
-    found = select(kept.c.counter).where(near, elsewhere).order_by(kept.c.counter)
-    known = span.bits(connection.scalars(found).all())
-    return bool(span.bits(span.counters) & ~done & ~known)
+        spans[row.client].append((row.first, row.last))
+    known: dict[str, dict[int, Facts]] = {}
+    for client, intervals in spans.items():
+        ours: dict[int, Facts] = {}
+        known[client] = ours
+        for first, last in merged(sorted(intervals)):
+            ours |= _failures_in(connection, client, first, last)
+            for counter, facts in _kept_in(connection, client, first, last).items():
+                ours[counter] = ours.get(counter, {}) | facts
+    return known
 
 
 def _add_ends(connection: Connection, calls: list[Facts]) -> None:
@@ -214,12 +220,12 @@ def _add_ends(connection: Connection, calls: list[Facts]) -> None:
             by_counter[counter].update(_end(chosen.row, chosen.final))
 
 
-def _summary(row: Row[Any], counter: int, *, ended: bool, known: Mapping[int, Facts]) -> Facts:
+def _summary(row: Row[Any], counter: int, *, ended: bool, known: Facts) -> Facts:
     return {
         "id": call_id(row.client, counter),
         "state": (CallState.SUCCEEDED if ended else CallState.QUEUED).value,
         **_circumstances(row),
-        **known.get(counter, {}),
+        **known,
     }
 
 

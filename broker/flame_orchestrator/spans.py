@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Table, and_, select
 
 from flame_orchestrator.schema import clients
 
-__all__ = ["Span", "near_runs", "overlapping"]
+__all__ = ["Span", "merged", "near_runs", "overlapping"]
 
 _NEAR = 256
 
@@ -27,13 +27,27 @@ def overlapping(table: Table, client: str, first: int, last: int) -> ColumnEleme
     )
 
 
-def near_runs(ordered: list[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of numbers that are near one another."""
-    start = 0
-    for at in range(1, len(ordered) + 1):
-        if at == len(ordered) or ordered[at] - ordered[at - 1] > _NEAR:
-            yield ordered[start], ordered[at - 1]
-            start = at
+def near_runs(ordered: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of rising numbers that are near one another."""
+    return merged((number, number) for number in ordered)
+
+
+def merged(intervals: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Intervals that come by their beginnings, those that overlap or are near as one.
+
+    >>> list(merged([(1, 5), (3, 4), (7, 9), (1000, 1001)]))
+    [(1, 9), (1000, 1001)]
+    """
+    run: tuple[int, int] | None = None
+    for first, last in intervals:
+        if run is not None and first - run[1] <= _NEAR:
+            run = run[0], max(run[1], last)
+            continue
+        if run is not None:
+            yield run
+        run = first, last
+    if run is not None:
+        yield run
 
 
 class Span:
