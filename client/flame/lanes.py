@@ -26,6 +26,7 @@ __all__ = ["NO_TERMS", "Keeping", "Lane", "Pending", "Record", "Terms"]
 
 _SAME_EXPIRY_S = 0.05
 _FRAME_S = 0.008  # workers hold frames ahead that are over so soon (PROTOCOL.md, rule 2)
+_SHORT_S = 0.0005  # where cores are few calls seem long; 64 of these are within the budget
 _WEIGHT = 0.3
 
 
@@ -142,7 +143,8 @@ class Lane:
         """How many calls a frame may hold: as many as are over soon, by what they took so far."""
         if not self.call_s:
             return FRAME_CALLS
-        least = 1 if self.keeping is None else FRAME_CALLS  # the orchestrator makes frames of them
+        short = self.call_s <= _SHORT_S or self.keeping is not None  # those get frames there
+        least = FRAME_CALLS if short else 1
         return min(max(int(_FRAME_S / self.call_s), least), SHORT_FRAME_CALLS)
 
     def put(self, call: Call) -> None:

@@ -52,7 +52,8 @@ class FaultyBroker:
 
 def make_intake(broker: FaultyBroker, *, width: int = 2) -> Intake:
     dispatcher = SimpleNamespace(pool=SimpleNamespace(width=lambda _: width), room=lambda _: width)
-    parts: list[Any] = [broker, KEYRING, "default", None, None, dispatcher]
+    outbox = SimpleNamespace(stalled=False)
+    parts: list[Any] = [broker, KEYRING, "default", outbox, None, dispatcher]
     intake = Intake(*parts)
     intake.leases = cast(Leases, SimpleNamespace(occupied=lambda _: 0))
     return intake
@@ -105,6 +106,26 @@ async def test_short_calls_that_nothing_waits_behind_end_the_asking_one_by_one()
     intake.short("c1", 0.001)
     assert "c1" in intake._full
     intake._dispatcher.waits = lambda _: False  # type: ignore[method-assign]
+    intake.short("c1", 0.001)
+    await eventually(lambda: set(broker.consumed.values()) == {2 + 6}, 5)
+
+
+async def test_short_calls_open_again_what_was_shut_while_nothing_could_leave() -> None:
+    broker = FaultyBroker()
+    intake = make_intake(broker, width=2)
+    intake._dispatcher.waits = lambda _: False  # type: ignore[method-assign]
+    await intake.add_class("c1")
+    intake.short("c1", 0.001)
+    await eventually(lambda: set(broker.consumed.values()) == {2 + 6}, 5)
+    await eventually(lambda: intake._refilling is None, 5)
+    intake._full.add("c1")
+    for tap in intake._taps["c1"]:
+        tap.draws.clear()
+    broker.consumed.clear()
+    intake._outbox.stalled = True  # type: ignore[misc]
+    intake.short("c1", 0.001)
+    assert "c1" in intake._full
+    intake._outbox.stalled = False  # type: ignore[misc]
     intake.short("c1", 0.001)
     await eventually(lambda: set(broker.consumed.values()) == {2 + 6}, 5)
 

@@ -32,7 +32,7 @@ def broken_upload(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize(
     ("call_s", "calls"),
-    [(0.0, 64), (1e-6, 256), (0.0001, 80), (0.001, 8), (0.003, 2), (0.006, 1), (60.0, 1)],
+    [(0.0, 64), (1e-6, 256), (5e-5, 160), (5e-4, 64), (1e-3, 8), (3e-3, 2), (6e-3, 1), (60.0, 1)],
 )
 def test_a_frame_holds_as_many_calls_as_are_over_soon(
     runner: flame.Runner, worker: FakeWorker, call_s: float, calls: int
@@ -95,5 +95,5 @@ def test_a_cancel_waits_for_a_broker_that_is_away_longer_than_a_call_does(
     wait_until(lambda: future.published)
     monkeypatch.setattr(transport, "publish", noted)
     assert future.cancel()
-    wait_until(lambda: len(patience) == 2)
+    wait_until(lambda: len(patience) >= 2)
     assert min(patience) >= 3600 > DEFAULT_DEADLINE_S

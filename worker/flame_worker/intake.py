@@ -171,12 +171,14 @@ class Intake:
 
     def short(self, class_name: str, seconds: float) -> None:
         """Hold frames ahead: they are over before the broker could send more."""
-        ahead = frames_ahead(seconds, self._dispatcher.pool.width(class_name))
-        if class_name in self._full and not self._dispatcher.waits(class_name):
+        known, shut = self._ahead.get(class_name, 0), class_name in self._full
+        ahead = max(known, frames_ahead(seconds, self._dispatcher.pool.width(class_name)))
+        if shut and (self._dispatcher.waits(class_name) or self._outbox.stalled):
+            return
+        if shut or ahead > known:
             self._full.discard(class_name)
-        if class_name not in self._full and ahead > self._ahead.get(class_name, 0):
             self._ahead[class_name] = ahead
-            self._refill_soon()
+            self._refill_soon()  # what was shut has to be opened again
 
     def refill(self) -> None:
         """Consume again where there is room; does nothing while nothing was shut."""
