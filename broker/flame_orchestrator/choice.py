@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, select
 
 from flame_broker.frames import identity, reread
-from flame_broker.messages import ControlFrame, Result, ResultFrame, Status
-from flame_orchestrator.schema import disowned, outcomes
+from flame_broker.messages import ControlFrame, Result, ResultFrame, Status, is_plain
+from flame_orchestrator.schema import HIGHEST, disowned, outcomes
 from flame_orchestrator.spans import Span, near_runs, overlapping
 
 __all__ = ["Chosen", "choose", "disowned_row", "doubtful", "result_frames"]
@@ -68,8 +68,9 @@ def disowned_row(word: ControlFrame, body: bytes, now: float) -> dict[str, Any] 
     client, mark, counters = (word.arguments.get(n) for n in ("client", "mark", "counters"))
     if not (isinstance(client, str) and isinstance(mark, bytes) and isinstance(counters, tuple)):
         return None
-    span = Span.of(counter for counter in counters if isinstance(counter, int))
-    if not len(span):
+    # No database may refuse it: what cannot be written is tried again for ever.
+    span = Span.of(n for n in counters if isinstance(n, int) and 0 <= n <= HIGHEST)
+    if not (len(span) and is_plain(client)):
         return None
     return {
         "note": identity(body),

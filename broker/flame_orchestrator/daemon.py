@@ -43,6 +43,7 @@ from flame_orchestrator.log_keeper import LogKeeper
 from flame_orchestrator.orders import Orders
 from flame_orchestrator.roll import Roll
 from flame_orchestrator.schedules import Schedules
+from flame_orchestrator.schema import HIGHEST
 from flame_orchestrator.threads import in_thread
 
 __all__ = ["Orchestrator", "OrchestratorSettings"]
@@ -54,7 +55,6 @@ T = TypeVar("T")
 _LULL_S: Final = 0.1
 _MOST_FRAMES: Final = 500
 _LAST_WRITE_S: Final = 5.0
-_HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
 _FORGET_EVERY_S: Final = 600.0
 _AHEAD: Final = 2000
 _QUESTIONS_AHEAD: Final = 100
@@ -360,4 +360,4 @@ class Orchestrator:
 def _is_countable(frame: CallFrame | ResultFrame) -> bool:
     """Whether a database can hold the numbers of its calls; no client of ours counts that far."""
     items = frame.calls if isinstance(frame, CallFrame) else frame.results
-    return bool(items) and all(0 <= item.counter <= _HIGHEST for item in items)
+    return bool(items) and all(0 <= item.counter <= HIGHEST for item in items)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from flame_broker.messages import Claim, ControlFrame, Deposit, ResultFrame, is_plain, parse_call_id
+from flame_orchestrator.schema import HIGHEST
 
 __all__ = ["Letter", "Writing"]
 
-_HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
 
 Writing = Deposit | ResultFrame | ControlFrame | Claim
 """What a letter may say."""
@@ -60,7 +60,7 @@ class Letter(NamedTuple):
         numbers = self.counters
         if isinstance(frame, Deposit):
             numbers |= {parse_call_id(call)[1] for call in chain.from_iterable(frame.after)}
-        return all(map(is_plain, texts)) and all(0 <= n <= _HIGHEST for n in numbers)
+        return all(map(is_plain, texts)) and all(0 <= n <= HIGHEST for n in numbers)
 
 
 def _of(frame: ControlFrame, name: str) -> object:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flame_broker.messages import Event, EventFrame, EventKind
 from flame_orchestrator.open_log import CHUNK_BYTES, OpenLog
-from flame_orchestrator.schema import log_chunks
+from flame_orchestrator.schema import HIGHEST, log_chunks
 
 __all__ = ["OBJECT_BYTES", "Call", "Logs", "Overtaken", "Written"]
 
@@ -26,7 +26,6 @@ OBJECT_BYTES: Final = 1024 * 1024
 
 _OPEN: Final = 500  # logs whose ends are in memory, some 32 KiB each at most
 _AT_ONCE: Final = 500
-_HIGHEST: Final = 2**31 - 1  # PostgreSQL's integer
 
 _WHICH: Final = ("client", "counter", "start")
 _CHANGING: Final = ("lines", "size", "upto", "cut", "at", "body")
@@ -146,11 +145,11 @@ class Logs:
 
 def _output(frame: EventFrame) -> Iterator[Event]:
     """The lines of a frame whose numbers a database can hold; no worker of ours sends others."""
-    if not 0 <= frame.attempt <= _HIGHEST:
+    if not 0 <= frame.attempt <= HIGHEST:
         return
     for event in frame.events:
         numbers = event.counter, event.run, event.index
-        if event.kind is not EventKind.PROGRESS and all(0 <= n < _HIGHEST for n in numbers):
+        if event.kind is not EventKind.PROGRESS and all(0 <= n < HIGHEST for n in numbers):
             yield event
 
 

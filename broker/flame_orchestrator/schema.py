@@ -23,6 +23,7 @@ from sqlalchemy import (
 )
 
 __all__ = [
+    "HIGHEST",
     "NEVER",
     "batches",
     "clients",
@@ -38,6 +39,9 @@ __all__ = [
     "schedules",
     "tombstones",
 ]
+
+HIGHEST: Final = 2**31 - 1
+"""The highest number that every database takes: PostgreSQL's integer."""
 
 NEVER: Final = 1e18
 """When a call is due that is barred, in seconds since 1970."""

@@ -143,7 +143,7 @@ class Lane:
         """How many calls a frame may hold: as many as are over soon, by what they took so far."""
         if not self.call_s:
             return FRAME_CALLS
-        short = self.call_s <= _SHORT_S or self.keeping is not None  # those get frames there
+        short = self.call_s <= _SHORT_S or self.keeping is not None  # these the orchestrator packs
         least = FRAME_CALLS if short else 1
         return min(max(int(_FRAME_S / self.call_s), least), SHORT_FRAME_CALLS)
 

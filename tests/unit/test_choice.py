@@ -111,6 +111,18 @@ def test_a_word_that_comes_twice_or_makes_no_sense_changes_nothing(desk: Desk) -
     assert told(desk, 1) == ("succeeded", "w2")
 
 
+@pytest.mark.parametrize(
+    ("client", "counter"), [("c", 2**63), ("c", -1), ("nil\0", 1), ("half \ud800", 1)]
+)
+def test_a_word_that_no_database_takes_does_not_stop_the_ledger(
+    desk: Desk, client: str, counter: int
+) -> None:
+    about = {"client": client, "mark": identity(LOST.body), "counters": (counter,)}
+    word = Arrival(ControlFrame(LEDGER, "disown", about), refused(LOST).body)  # type: ignore[arg-type]
+    desk.ledger.record([calls(1), LOST, DONE, word])
+    assert told(desk, 1) == ("failed", "w1")
+
+
 def test_words_are_forgotten_with_what_they_are_about(desk: Desk) -> None:
     desk.ledger.record([calls(1), LOST, DONE, refused(LOST, 1)])
     desk.ledger.forget(before=2e12, keep_calls=10)
