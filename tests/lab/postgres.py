@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
-from lab.ports import answers, free_port
+from lab.ports import free_port
 from lab.processes import Process
 from lab.services import program
 from lab.wait import wait_until
@@ -32,7 +32,7 @@ class PostgresServer:
             name: program(
                 [f"{folder}/{name}" for folder in _FOLDERS] + [name], package="postgresql"
             )
-            for name in ("initdb", "postgres", "createdb")
+            for name in ("initdb", "postgres", "pg_isready", "createdb")
         }
         self._user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
         self.folder = Path(tempfile.mkdtemp(prefix="flame-postgres-"))
@@ -47,8 +47,13 @@ class PostgresServer:
         settings = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self.folder), "-F"]
         command = [*self._as_user(), self._programs["postgres"], "-D", data, *settings]
         self._process = Process(command, cwd=self.folder, log=self.folder / "console.log")
-        wait_until(lambda: answers(self.port), 30, self._process.output)
+        wait_until(self._accepts, 30, self._process.output)
         return self
+
+    def _accepts(self) -> bool:
+        """Whether it takes connections: its port is open while it still refuses them."""
+        asked = [self._programs["pg_isready"], "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        return subprocess.run(asked, timeout=60).returncode == 0
 
     def database(self, name: str) -> str:
         """Make an empty database and return its URL."""
