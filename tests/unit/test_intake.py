@@ -12,6 +12,7 @@ from flame_broker.keys import Keyring
 from flame_broker.transport import QueueSpec
 from flame_worker.intake import Intake
 from flame_worker.leases import Leases
+from flame_worker.taps import Draw
 from lab.wait import eventually
 
 KEYRING = Keyring.parse("k" * 40)
@@ -48,6 +49,17 @@ class FaultyBroker:
 
     async def depth(self, queue: str) -> int:
         return 0
+
+
+class Cancellable:
+    """A consumer that the broker takes its time to cancel."""
+
+    def __init__(self) -> None:
+        self.asked, self.answered = asyncio.Event(), asyncio.Event()
+
+    async def cancel(self) -> None:
+        self.asked.set()
+        await self.answered.wait()
 
 
 def make_intake(broker: FaultyBroker, *, width: int = 2) -> Intake:
@@ -128,6 +140,24 @@ async def test_short_calls_open_again_what_was_shut_while_nothing_could_leave() 
     intake._outbox.stalled = False  # type: ignore[misc]
     intake.short("c1", 0.001)
     await eventually(lambda: set(broker.consumed.values()) == {2 + 6}, 5)
+
+
+async def test_a_consumer_whose_message_ends_while_others_are_cancelled_goes_on() -> None:
+    """Another message is on its way to it then, which its cancel would make a suspect."""
+    intake = make_intake(FaultyBroker())
+    await intake.add_class("c1")
+    (tap, *_) = intake._taps["c1"]
+    slow, quick = Cancellable(), Cancellable()
+    quick.answered.set()
+    first, second = (Draw(1, held=1, consumer=c) for c in (slow, quick))
+    tap.draws = {first, second}
+    shutting = asyncio.ensure_future(intake._shut(tap, [first, second]))
+    await slow.asked.wait()
+    second.held -= 1
+    slow.answered.set()
+    await shutting
+    assert tap.draws == {second}
+    assert not quick.asked.is_set()
 
 
 async def test_a_call_that_is_about_to_end_has_the_next_one_asked_for_not_sent_with_its_ack() -> (

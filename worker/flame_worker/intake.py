@@ -311,10 +311,12 @@ class Intake:
 
     async def _shut(self, tap: Tap, draws: list[Draw] | None = None) -> None:
         async with tap.lock:
-            for draw in list(tap.draws) if draws is None else [d for d in draws if d.used]:
-                tap.draws.discard(draw)
-                if draw.consumer is not None:
-                    await draw.consumer.cancel()
+            for draw in list(tap.draws) if draws is None else draws:
+                # Asked one by one: while others are cancelled, its message may end.
+                if draws is None or draw.used:
+                    tap.draws.discard(draw)
+                    if draw.consumer is not None:
+                        await draw.consumer.cancel()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -389,18 +391,18 @@ class Intake:
     def _admit(self, holding: Holding) -> None:
         """Some calls may run elsewhere at this moment: whoever keeps the leases knows."""
         if holding.frame.spec.at_most_once:
-            self.leases.claim(holding, self._on_admitted)
+            self.leases.claim(holding, partial(self._go_on, self._provide))
         elif holding.suspect and self.leases.alive(holding.key):
-            self.leases.look(holding, self._on_admitted)
+            self.leases.look(holding, partial(self._go_on, self._provide))
         else:
             self._provide(holding)
 
-    def _on_admitted(self, holding: Holding) -> None:
+    def _go_on(self, then: Callable[[Holding], None], holding: Holding) -> None:
         """Time has passed: calls may be late or cancelled, and the worker about to leave."""
         if not self._open:
             self._outbox.hand_back(holding, holding.take_waiting())
         elif not self._late(holding) and self._wanted(holding):
-            self._provide(holding)
+            then(holding)
 
     def _suspect(self, tap: Tap, holding: Holding) -> None:
         """Whoever had this frame is gone, perhaps because of it: run its calls one by one."""
@@ -450,16 +452,9 @@ class Intake:
         holding.target_path = self._spool.target_path(frame.spec.target)
         needed = self._spool.needed(frame)
         if needed:
-            provided = partial(self._on_provided, holding)
+            provided = partial(self._go_on, self._dispatcher.take, holding)
             self._spool.provide(holding, needed, provided, partial(self._fail, holding))
         else:
-            self._dispatcher.take(holding)
-
-    def _on_provided(self, holding: Holding) -> None:
-        """Time has passed: calls may be late or cancelled, and the worker about to leave."""
-        if not self._open:
-            self._outbox.hand_back(holding, holding.take_waiting())
-        elif not self._late(holding) and self._wanted(holding):
             self._dispatcher.take(holding)
 
     def _fail(self, holding: Holding, problem: FlameError) -> None:
