@@ -243,8 +243,10 @@ class Custodian:
                 except (SQLAlchemyError, FlameError) as problem:
                     _log.warning("custody.not_taken", reason=in_words(problem), remedy=_REMEDY)
                     self._inbox.extendleft(reversed(taken))
+                    self._leases.can_answer = False
                     await asyncio.sleep(backoff.next_s())
                 else:
+                    self._leases.can_answer = True
                     backoff.reset()
             if not self._inbox:
                 self._idle.set()

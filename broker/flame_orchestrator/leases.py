@@ -1,7 +1,8 @@
 """Leases of one cluster key: renewed by heartbeats, and given up for lost when these fail to come.
 
 Every orchestrator hears all heartbeats, on an ear of its own that is never behind other messages.
-The one that leads says so every two seconds: a worker claims calls only while it hears that.
+The one that leads says so every two seconds: a worker claims calls only while it hears that, and
+waits for answers. So it is not said while nothing can be written down.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Leases:
 
     Attributes:
         roll: The workers that beat.
+        can_answer: Whether claims can be decided, as far as is known.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Leases:
         self._exchange = beats_exchange(key.hex_id)
         self._silence = Silence(lease_s)
         self.roll = Roll()
+        self.can_answer = True
         self._loaded: int | None = None
 
     async def listen(self) -> None:
@@ -118,7 +121,8 @@ class Leases:
         self._enrol(str(worker), frame)
         runs = frame.arguments.get("runs")
         unknown = self._silence.beat(map(str, runs)) if isinstance(runs, tuple) else []
-        if unknown and self._loaded is not None and self._loaded == self._epoch():
+        leads = self._loaded is not None and self._loaded == self._epoch()
+        if unknown and leads and self.can_answer:
             reply = str(frame.arguments.get("reply", ""))
             told: dict[str, Plain] = {"runs": tuple(unknown), "epoch": self._loaded}
             self._say(ControlFrame(reply, "reclaim", told))
@@ -156,7 +160,7 @@ class Leases:
                 _log.warning("leases.not_read", reason=in_words(problem))
                 return
             self._loaded = epoch
-        if announce or fresh:
+        if (announce or fresh) and self.can_answer:
             exchange = control_exchange(self._key.hex_id)
             told: dict[str, Plain] = {"epoch": epoch, "lease_s": self._silence.lease_s}
             self._say(ControlFrame(exchange, "leads", told), exchange=exchange)
