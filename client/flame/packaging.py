@@ -11,29 +11,31 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import site
 import sys
-import sysconfig
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import cloudpickle
 
+from flame.installed import is_installed
 from flame_broker.codec import encode_value
 from flame_broker.errors import PackagingError
 from flame_broker.messages import Target
 
 __all__ = ["NOTHING", "PackedTarget", "TargetCache", "local_code", "pack_target", "target_name"]
 
-_OURS = frozenset(
-    ("flame", "flame_broker", "flame_worker", "flame_infra", "flame_cli", "flame_orchestrator")
+_EVERYWHERE = frozenset(
+    (
+        *("flame", "flame_broker", "flame_worker", "flame_infra", "flame_cli"),
+        "flame_orchestrator",
+        "cloudpickle",  # which would go on without end to describe itself
+    )
 )
+"""Packages that every worker has, wherever they lie here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,32 +155,17 @@ def _is_local(module: types.ModuleType) -> bool:
     name = module.__name__
     if name == "__main__":
         return True
-    if name.partition(".")[0] in _OURS or name in sys.builtin_module_names:
+    if name.partition(".")[0] in _EVERYWHERE or name in sys.builtin_module_names:
         return False
     file = getattr(module, "__file__", None)
     if file is not None:
-        return not _is_installed(file)
+        return not is_installed(name, file)
     # A namespace package has folders; what has neither was made by hand, in a notebook say.
     folders = [*getattr(module, "__path__", ())]
     spec = getattr(module, "__spec__", None)
     if not folders:
         return spec is None
-    return not any(_is_installed(folder) for folder in folders)
-
-
-@lru_cache(maxsize=8192)
-def _is_installed(file: str) -> bool:
-    path = Path(file).resolve()
-    return any(path.is_relative_to(root) for root in _installed_roots())
-
-
-@lru_cache(maxsize=1)
-def _installed_roots() -> tuple[Path, ...]:
-    """Folders of the standard library and of installed packages."""
-    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    paths += site.getsitepackages()
-    paths.append(site.getusersitepackages())
-    return tuple({Path(path).resolve() for path in paths if path})
+    return not any(is_installed(name, folder) for folder in folders)
 
 
 local_code = _LocalCode()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -130,6 +130,42 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_modules_beside_the_program_travel_along(beside: ModuleType, tmp_path: Path) -> None:
     assert run_elsewhere(pack_target(beside.near), tmp_path, 9) == 10
+
+
+@pytest.fixture
+def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Makes a module in a folder of ``sys.path`` and gives its function."""
+
+    def make(where: str) -> Any:
+        folder = tmp_path / where
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "guest.py").write_text("def visit(n): return n + 1\n")
+        monkeypatch.syspath_prepend(str(folder))
+        return importlib.import_module("guest").visit
+
+    yield make
+    sys.modules.pop("guest", None)
+
+
+@pytest.mark.parametrize(
+    ("where", "described", "by_name"),
+    [
+        ("target", "guest-1.0.dist-info/RECORD", True),
+        ("target", "other-1.0.dist-info/RECORD", False),
+        ("project", "guest.egg-info/SOURCES.txt", False),
+        ("shared/lib/python3/site-packages", "", True),
+        ("plain", "", False),
+    ],
+)
+def test_what_was_installed_into_any_folder_goes_by_name(
+    guest: Callable[[str], Any], tmp_path: Path, where: str, described: str, *, by_name: bool
+) -> None:
+    """As ``pip install --target`` does it; not what lies beside it, nor a project's own code."""
+    if described:
+        record = tmp_path / where / described
+        record.parent.mkdir(parents=True)
+        record.write_text(f"{described.partition('-')[0].removesuffix('.egg')}.py,,\n")
+    assert (pack_target(guest(where)).blob is None) is by_name
 
 
 @pytest.fixture
