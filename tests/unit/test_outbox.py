@@ -145,3 +145,20 @@ async def test_results_of_two_clients_or_attempts_never_share_a_frame(tmp_path: 
         frames = [open_frame(d.body, KEYRING, queue=d.queue).frame for d in took]
         found = {(f.client, f.attempt) for f in frames if isinstance(f, ResultFrame)}
         assert found == {("c0", 1), ("c0", 2), ("c1", 1)}
+
+
+async def test_what_comes_after_the_end_is_left_to_others_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as a call whose code was still on its way here: it is not acked."""
+    async with bench(tmp_path) as lab:
+        await lab.submit(frame_of([1]))
+        await eventually(lambda: lab.intake.held, 5)
+        (holding,) = lab.intake.holdings()
+        lab.outbox.close()
+        await lab.transport.close()
+        lab.outbox.hand_back(holding, [*holding.frame.calls])
+        await lab.outbox.drain(timeout_s=5)
+        await asyncio.sleep(0)
+        assert lab.intake.held == 1
+        assert not caplog.records

@@ -93,6 +93,7 @@ class Outbox:
         self._in_flight: set[asyncio.Future[None]] = set()
         self._making: set[asyncio.Future[None]] = set()
         self._flush_due = False
+        self._closed = False
         self._heard_at = 0.0
         self._patient_until = 0.0
         self._gone: OrderedDict[str, None] = OrderedDict()
@@ -254,6 +255,8 @@ class Outbox:
         otherwise: Callable[[], None] | None = None,
     ) -> None:
         """Publish, and call ``then`` when confirmed; ``otherwise`` if no queue has that name."""
+        if self._closed:
+            return
         confirmed = self._transport.publish(
             queue, body, exchange=exchange, headers=headers, deadline_s=_PATIENCE_S
         )
@@ -283,7 +286,8 @@ class Outbox:
             await asyncio.wait(self._in_flight, timeout=timeout_s)
 
     def close(self) -> None:
-        """Make no queues any more: the transport is about to close."""
+        """Send nothing any more: the transport is about to close, and others get what is held."""
+        self._closed = True
         for task in self._making:
             task.cancel()
 
