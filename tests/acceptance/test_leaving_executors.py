@@ -133,7 +133,8 @@ def test_nothing_can_be_submitted_once_the_interpreter_ends(run: Run) -> None:
 
 def test_a_forked_child_ends_whatever_its_parent_waits_for(run: Run) -> None:
     assert run("""
-        import os, sys
+        import os, sys, warnings
+        warnings.simplefilter("ignore")  # Python 3.12 warns of any fork with threads
         executor = flame.Executor()
         executor.submit(work, 1)
         child = os.fork()

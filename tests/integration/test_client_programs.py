@@ -18,6 +18,11 @@ from lab.wait import wait_until
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+_CPUS = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+PYTHON = ["taskset", "--cpu-list", _CPUS, sys.executable]
+"""With two cpus, so two slots, on any machine."""
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Run a program's text as ``program.py`` in a folder of its own."""
@@ -25,7 +30,7 @@ def run(tmp_path: Path) -> Run:
     def run_program(text: str, *options: str) -> subprocess.CompletedProcess[str]:
         (tmp_path / "program.py").write_text(textwrap.dedent(text))
         return subprocess.run(
-            [sys.executable, *options, "program.py"],
+            [*PYTHON, *options, "program.py"],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -125,7 +130,7 @@ def _on_terminal(text: str, folder: Path) -> tuple[bytes, bytes]:
     (folder / "program.py").write_text(textwrap.dedent(text))
     main, terminal = pty.openpty()
     shown = subprocess.Popen(
-        [sys.executable, "program.py"], cwd=folder, stdout=subprocess.PIPE, stderr=terminal
+        [*PYTHON, "program.py"], cwd=folder, stdout=subprocess.PIPE, stderr=terminal
     )
     os.close(terminal)
     drawn = b""

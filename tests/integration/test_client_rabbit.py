@@ -151,7 +151,8 @@ def test_a_plain_script_and_its_forked_child_both_call(worker: FakeWorker, tmp_p
     program.write_text(textwrap.dedent(PROGRAM))
     arguments = [worker.url, (tmp_path / "store").as_uri(), worker.key_text]
     done = subprocess.run(
-        [sys.executable, "-u", str(program), *arguments],
+        # Python 3.12 warns of any fork with threads.
+        [sys.executable, "-u", "-W", "ignore::DeprecationWarning", str(program), *arguments],
         capture_output=True,
         text=True,
         timeout=60,

@@ -157,7 +157,14 @@ class RabbitNode:
         Raises:
             AssertionError: It failed; the message carries its output.
         """
-        done = subprocess.run(
+        done = self._try_ctl(*arguments, timeout_s=timeout_s)
+        assert done.returncode == 0, f"rabbitmqctl {arguments}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def _try_ctl(
+        self, *arguments: str, timeout_s: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [*self._programs.command(self._programs.ctl), "--quiet", *arguments],
             env=self._environment(),
             cwd=self.folder,
@@ -167,8 +174,6 @@ class RabbitNode:
             timeout=timeout_s,
             check=False,
         )
-        assert done.returncode == 0, f"rabbitmqctl {arguments}: {done.stdout}{done.stderr}"
-        return done.stdout
 
     def set_alarm(self) -> None:
         """Raise the memory alarm: the broker stops reading from every publisher."""
@@ -333,8 +338,13 @@ class RabbitNode:
             assert server.running, f"RabbitMQ ended: {server.output()[-4000:]}"
             return answers(self.port)
 
-        wait_until(serving, _START_TIMEOUT_S, lambda: f"RabbitMQ: {server.output()[-4000:]}")
-        self.ctl("await_startup")
+        def started() -> bool:
+            assert server.running, f"RabbitMQ ended: {server.output()[-4000:]}"
+            # Somebody answers: us, or a stranger on our port, because of whom we are about to end.
+            return self._try_ctl("await_startup").returncode == 0
+
+        for answered in (serving, started):
+            wait_until(answered, _START_TIMEOUT_S, lambda: f"RabbitMQ: {server.output()[-4000:]}")
 
     def __enter__(self) -> Self:
         """Start the node."""

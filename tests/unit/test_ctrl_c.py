@@ -30,6 +30,7 @@ def interrupted(step: int) -> Iterator[None]:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one such frame at the start
     sys.settrace(trace)
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from enum import IntEnum
-from pathlib import PurePosixPath
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -47,7 +47,7 @@ def test_plain_data_is_given_as_it_is(value: object) -> None:
         (ITSELF, "list"),
         (Colour.RED, f"{__name__}.Colour"),
         (OrderedDict(a=1), "collections.OrderedDict"),
-        (PurePosixPath("/x"), "pathlib.PurePosixPath"),
+        (Fraction(1, 3), "fractions.Fraction"),
     ],
 )
 def test_of_all_else_there_is_what_python_prints_and_its_type(value: object, kind: str) -> None:
