@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from flame_broker.errors import CallExpired, WorkerLost
 from flame_broker.messages import Status
 from flame_broker.outcomes import decode_failure
 from flame_broker.resources import Capacity
+from flame_worker import dispatch
 from flame_worker.batches import Lost
-from lab.bench import bench, frame_of
+from flame_worker.holding import Holding
+from lab.bench import CALLS, KEYRING, bench, frame_of
 from lab.wait import eventually
 
 
@@ -44,6 +49,26 @@ async def test_calls_behind_a_slow_one_are_handed_back_alone_and_run_by_whoever_
             lab.slots[0].finish()
             await eventually(lambda: len({r.counter for r in lab.results + other.results}) == 3, 5)
         assert await lab.depth(queue) == 0
+
+
+async def test_a_call_that_was_handed_back_before_waits_longer_than_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would go to the end of its queue whenever the call before it takes a bit longer."""
+    monkeypatch.setattr(dispatch, "LONE_S", 60.0)
+    async with bench(tmp_path, slots=1) as lab:
+        await lab.submit(frame_of([1]))
+        await eventually(lambda: lab.slots[0].started == [1], 5)
+        for frame in (replace(frame_of([2]), handed=1), frame_of([3])):
+            lab.dispatcher.take(Holding([], frame, KEYRING.signer, lambda _: None))
+
+        async def handed_back() -> bool:
+            return await lab.depth(CALLS) == 1
+
+        await eventually(handed_back, 5)
+        assert [h.frame.calls[0].counter for h in lab.dispatcher._waiting()] == [2]
+        lab.slots[0].finish()
+        await eventually(lambda: lab.slots[0].started == [1, 2], 5)
 
 
 async def test_a_lost_child_fails_its_running_call_and_hands_the_others_back(

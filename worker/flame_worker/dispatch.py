@@ -33,7 +33,7 @@ from flame_worker.pool import SlotPool
 from flame_worker.slots import Batch, Lost, Slot, SpooledResult
 from flame_worker.spool import Spool
 from flame_worker.telling import Numbering, Voice
-from flame_worker.timing import BUDGET_S, LEAD_S, SHORT_S, SUSPECT_S, UNDIVIDED_S
+from flame_worker.timing import BUDGET_S, LEAD_S, LONE_S, SHORT_S, SUSPECT_S, UNDIVIDED_S
 
 __all__ = ["DROPPED", "Dispatcher", "Supply"]
 
@@ -401,7 +401,7 @@ class Dispatcher:
         self.pump()
         # What cannot leave is not handed back: here it may still run.
         for holding in () if self._outbox.stalled else self._waiting():
-            if holding.since < (now - SUSPECT_S if holding.suspect else deadline):
+            if holding.since < now - _patience_s(holding):
                 coming = self.intake.full(holding.frame.spec.resources, holding.frame.queue)
                 # What comes back at once cannot start either, and goes to the queue's end then.
                 holding.waiting.rotate(min(coming, len(holding.waiting)))
@@ -473,6 +473,13 @@ def _holding_of(batch: Batch) -> Holding:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def _patience_s(holding: Holding) -> float:
+    """How long the calls of a frame may wait here."""
+    if holding.suspect:
+        return SUSPECT_S
+    return LONE_S if holding.frame.handed else BUDGET_S
 
 
 def _unfinished(slot: Slot) -> int:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["BUDGET_S", "LEAD_S", "SHORT_S", "SUSPECT_S", "UNDIVIDED_S", "frames_ahead"]
+__all__ = ["BUDGET_S", "LEAD_S", "LONE_S", "SHORT_S", "SUSPECT_S", "UNDIVIDED_S", "frames_ahead"]
 
 BUDGET_S: Final = 0.05
 """How long a call may wait here for a slot: the time budget of rule 2."""
+
+LONE_S: Final = 0.25
+"""The same for a call that was handed back before: it was asked for since a slot was about to be
+free, and at the end of its queue it would come last of all, long after its neighbours."""
 
 SUSPECT_S: Final = 1.0
 """The same for a suspect: it comes back at once, as a worker never ceases to take suspects."""
