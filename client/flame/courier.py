@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from functools import partial
 from itertools import chain, count, repeat
+from queue import SimpleQueue
 from time import monotonic
 from typing import Final, TypeVar
 
@@ -130,11 +130,9 @@ class Courier:
         Raises:
             BrokerUnavailable: No broker answered within 10 s.
         """
-        opened: Future[None] = Future()
         self._thread.start()
-        self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._open(opened)))
         try:
-            opened.result()
+            self._have_done(self._open)
         except BaseException:  # Ctrl-C too; it goes on, and no thread is left without a client
             self._stop_loop()
             raise
@@ -190,11 +188,7 @@ class Courier:
         self._check_open()
         if not self.may_block():
             raise FlameError("the cluster cannot be asked inside a done-callback")
-        answer = asyncio.run_coroutine_threadsafe(question(self._inquiry), self._loop)
-        try:
-            return answer.result()
-        finally:
-            answer.cancel()  # Ctrl-C ends the wait only
+        return self._have_done(lambda: question(self._inquiry))
 
     def make_ready(self, lane: Lane) -> None:
         """Have everything in its place that a call of this lane needs, though none is made here.
@@ -221,7 +215,7 @@ class Courier:
 
     def get_ready(self) -> None:
         """Do what needs pools of threads before the interpreter ends those: store new targets."""
-        asyncio.run_coroutine_threadsafe(self._sender.get_ready(_DRAIN_S), self._loop).result()
+        self._have_done(lambda: self._sender.get_ready(_DRAIN_S))
 
     def close(self) -> None:
         """Send what is queued, disconnect, end the thread. What is pending fails."""
@@ -229,7 +223,7 @@ class Courier:
             return
         self._closed = True
         try:
-            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+            self._have_done(self._close)
             self._stop_loop()
             self.replies.console.close()
         finally:  # also after Ctrl-C: threads may wait for what is pending
@@ -285,6 +279,36 @@ class Courier:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 
+    def _have_done(self, work: Callable[[], Coroutine[None, None, T]]) -> T:
+        """Have our loop do something, and wait for it; Ctrl-C ends the wait only.
+
+        What asyncio has for this waits with a lock, which Ctrl-C can leave behind: see ``Bell``.
+        """
+        begun: list[asyncio.Task[T]] = []
+        ended: SimpleQueue[None] = SimpleQueue()
+
+        def end(task: asyncio.Task[T]) -> None:
+            if not task.cancelled():
+                task.exception()  # looked at, though perhaps nobody waits any more
+            ended.put(None)
+
+        def begin() -> None:
+            begun.append(self._loop.create_task(work()))
+            begun[0].add_done_callback(end)
+
+        def give_up() -> None:
+            begun[0].cancel()
+
+        self._loop.call_soon_threadsafe(begin)
+        try:
+            ended.get()
+        except BaseException:  # Ctrl-C, or what another signal raises
+            self._loop.call_soon_threadsafe(give_up)
+            raise
+        if begun[0].cancelled():
+            raise FlameError("the client was closed meanwhile")
+        return begun[0].result()
+
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -294,15 +318,9 @@ class Courier:
         self._sender.flush()
         self._silence.watch()
 
-    async def _open(self, opened: Future[None]) -> None:
-        try:
-            async with bounded():
-                await self._connect()
-        # Whoever called start() must hear of it, whatever it is: it is raised there.
-        except BaseException as exc:  # noqa: BLE001
-            opened.set_exception(exc)
-        else:
-            opened.set_result(None)
+    async def _open(self) -> None:
+        async with bounded():
+            await self._connect()
 
     async def _connect(self) -> None:
         if self._cluster is not None:

@@ -18,6 +18,7 @@ from flame.leaving import leaving
 from flame.options import ServiceOptions, make_options
 from flame.packaging import TargetCache, pack_target
 from flame.progress import Bar
+from flame.waiting import wait_for_all
 from flame.window import Gate
 from flame_broker.errors import FlameError, PackagingError
 
@@ -184,7 +185,7 @@ class Executor(concurrent.futures.Executor):
         if cancel_futures:
             self._recall(futures)
         if wait:
-            concurrent.futures.wait(futures)
+            wait_for_all(futures)
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import wait
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from flame.waiting import wait_for_all
 from flame_broker.logs import get_logger
 
 if TYPE_CHECKING:
@@ -50,15 +50,13 @@ class Leaving:
                 exec("raise KeyboardInterrupt")  # noqa: S102  # our own text
 
     def _wait(self, futures: set[ObjectFuture[Any]]) -> None:
-        left = wait(futures, 0 if self._told else _SILENT_S).not_done
-        if left and not self._told:
+        if not self._told and not wait_for_all(futures, _SILENT_S):
             self._told = True
+            left = sum(not future.done() for future in futures)
             _log.warning(
-                "program.waits",
-                reason=f"{len(left)} calls have not ended",
-                remedy="Ctrl-C leaves them",
+                "program.waits", reason=f"{left} calls have not ended", remedy="Ctrl-C leaves them"
             )
-        wait(left)
+        wait_for_all(futures)
 
 
 def _ended_by_ctrl_c() -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
+from flame.waiting import wait_for_all
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -109,7 +111,7 @@ def watch(futures: Sequence[ObjectFuture[Any]], timeout: float | None) -> bool:
         False if they were not all done in time.
     """
     if not on_terminal():
-        return _wait_all(futures, timeout)
+        return wait_for_all(futures, timeout)
     deadline = None if timeout is None else monotonic() + timeout
     bar = Bar(_label_of(futures), len(futures))
     try:
@@ -121,15 +123,6 @@ def watch(futures: Sequence[ObjectFuture[Any]], timeout: float | None) -> bool:
         _draw(bar, futures)
     finally:
         bar.close()
-    return True
-
-
-def _wait_all(futures: Sequence[ObjectFuture[Any]], timeout: float | None) -> bool:
-    deadline = None if timeout is None else monotonic() + timeout
-    for future in futures:
-        left = None if deadline is None else max(0.0, deadline - monotonic())
-        if not future.done() and not future.wait(left):
-            return False
     return True
 
 

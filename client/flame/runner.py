@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import as_completed
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from flame.client import default_client
@@ -13,6 +12,7 @@ from flame.packaging import pack_target
 from flame.progress import watch
 from flame.retry import Retry
 from flame.service import RunnerService
+from flame.waiting import as_they_end
 from flame_broker.errors import ConfigError, FlameError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class Runner:
 
     def select(self, futures: Any) -> Iterator[ObjectFuture[Any]]:
         """The futures in the order in which they end."""
-        return as_completed(_flat(_listed(futures)))  # type: ignore[return-value]
+        return as_they_end(_flat(_listed(futures)))
 
     def put_object(self, obj: object) -> ObjectRef:
         """Store a value once, to be passed to many calls by its reference."""

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import flame
+from flame.waiting import as_they_end, wait_for_all
 from lab.fake_worker import FakeWorker
 
 
@@ -80,3 +81,34 @@ def test_the_results_of_a_map_come_wherever_the_wait_for_them_was_left(
     later.join(10)
     assert not later.is_alive(), "its courier stands at a lock that nobody holds any more"
     assert found == [double(number) for number in range(100)]
+
+
+def test_many_futures_settle_wherever_the_wait_for_all_of_them_was_left(
+    runner: flame.Runner, worker: FakeWorker
+) -> None:
+    service = runner.service(double)
+    done = service(1)
+    assert done.result(10) == 2
+    worker.hold()
+    futures = [done, *(service(number) for number in range(2, 5))]
+    steps = sum(1 for _ in steps_of(lambda: wait_for_all(futures, 0.001)))
+    steps += sum(1 for _ in steps_of(lambda: next(as_they_end(futures))))
+    assert steps > 200
+    worker.release()
+    found: list[int] = []
+    later = threading.Thread(target=lambda: found.extend(f.result() for f in futures), daemon=True)
+    later.start()
+    later.join(10)
+    assert found == [2, 4, 6, 8]
+    assert [future.result(0) for future in as_they_end([*futures, *futures])] == found
+
+
+def test_the_cluster_can_be_asked_wherever_a_question_to_it_was_left(runner: flame.Runner) -> None:
+    client = runner.client
+    steps = sum(1 for _ in steps_of(lambda: client.workers(0.001)))
+    assert steps > 100
+    answers: list[object] = []
+    later = threading.Thread(target=lambda: answers.append(client.workers(0.1)), daemon=True)
+    later.start()
+    later.join(10)
+    assert answers, "the client's thread stands at a lock that nobody holds any more"
