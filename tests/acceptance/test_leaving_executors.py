@@ -156,7 +156,7 @@ def test_ctrl_c_ends_the_wait_without_a_word(start: Start) -> None:
 
         def watch():
             main = threading.main_thread().ident
-            while not {"Leaving._wait", "Event.wait"} <= {*names(sys._current_frames()[main])}:
+            while not {"Leaving._wait", "Bell.wait_for"} <= {*names(sys._current_frames()[main])}:
                 time.sleep(0.01)
             print("leaving", flush=True)
 
