@@ -37,8 +37,7 @@ demo: $(VENV)/.examples  ## Sweep classifiers over worker processes; needs no se
 .PHONY: test
 test: $(VENV)/.dev  ## Run all tests; installs RabbitMQ and Redis when they are missing
 	@tools/require rabbitmq-server=rabbitmq-server redis-server=redis-server
-	@# Three also on two cores: for a third of the time, tests wait.
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 .PHONY: test-all
 test-all: test  ## Run all tests, then those against PostgreSQL and RabbitMQ 4 (root, debootstrap)

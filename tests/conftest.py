@@ -45,17 +45,12 @@ def started(start: Callable[[], Service]) -> Service:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In a run of several processes, one does the acceptance tests with the heavy faults.
 
-    It begins with them, as they take longest. Of the rest each file stays in one process.
+    Another one does the rest of them, and all share the others.
     """
     for item in items:
         if "acceptance" in item.path.parts:
-            group = "faults" if _is_heavy(item) else item.path.stem
+            group = "faults" if item.path.stem.removeprefix("test_") in _HEAVY else "programs"
             item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=_is_heavy, reverse=True)
-
-
-def _is_heavy(item: pytest.Item) -> bool:
-    return "acceptance" in item.path.parts and item.path.stem.removeprefix("test_") in _HEAVY
 
 
 @pytest.fixture(scope="session", autouse=True)

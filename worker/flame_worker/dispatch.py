@@ -401,7 +401,7 @@ class Dispatcher:
         self.pump()
         # What cannot leave is not handed back: here it may still run.
         for holding in () if self._outbox.stalled else self._waiting():
-            if holding.since < now - _patience_s(holding):
+            if holding.since < now - self._patience_s(holding):
                 coming = self.intake.full(holding.frame.spec.resources, holding.frame.queue)
                 # What comes back at once cannot start either, and goes to the queue's end then.
                 holding.waiting.rotate(min(coming, len(holding.waiting)))
@@ -409,6 +409,13 @@ class Dispatcher:
         if not any(self._waiting()):
             self.intake.refill()  # what was handed back or dropped has left room
         self._watch()
+
+    def _patience_s(self, holding: Holding) -> float:
+        """How long the calls of a frame may wait here."""
+        if holding.suspect:
+            return SUSPECT_S
+        room_is_kept = self.pool.reserved_class not in (None, holding.frame.spec.resources)
+        return LONE_S if holding.frame.handed and not room_is_kept else BUDGET_S
 
     def _revoke_all(self, chosen: Callable[[_Given], bool]) -> None:
         """Take unstarted calls of the chosen batches back into the line, oldest first."""
@@ -473,13 +480,6 @@ def _holding_of(batch: Batch) -> Holding:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _patience_s(holding: Holding) -> float:
-    """How long the calls of a frame may wait here."""
-    if holding.suspect:
-        return SUSPECT_S
-    return LONE_S if holding.frame.handed else BUDGET_S
 
 
 def _unfinished(slot: Slot) -> int:
