@@ -188,7 +188,7 @@ class Courier:
         self._check_open()
         if not self.may_block():
             raise FlameError("the cluster cannot be asked inside a done-callback")
-        return self._have_done(lambda: question(self._inquiry))
+        return self._have_done(lambda: question(self._inquiry), or_give_up=True)
 
     def make_ready(self, lane: Lane) -> None:
         """Have everything in its place that a call of this lane needs, though none is made here.
@@ -279,8 +279,10 @@ class Courier:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 
-    def _have_done(self, work: Callable[[], Coroutine[None, None, T]]) -> T:
-        """Have our loop do something, and wait for it; Ctrl-C ends the wait only.
+    def _have_done(
+        self, work: Callable[[], Coroutine[None, None, T]], *, or_give_up: bool = False
+    ) -> T:
+        """Have our loop do something, and wait; Ctrl-C ends the wait, the work if ``or_give_up``.
 
         What asyncio has for this waits with a lock, which Ctrl-C can leave behind: see ``Bell``.
         """
@@ -303,7 +305,8 @@ class Courier:
         try:
             ended.get()
         except BaseException:  # Ctrl-C, or what another signal raises
-            self._loop.call_soon_threadsafe(give_up)
+            if or_give_up:
+                self._loop.call_soon_threadsafe(give_up)
             raise
         if begun[0].cancelled():
             raise FlameError("the client was closed meanwhile")

@@ -29,11 +29,15 @@ from flame_broker.messages import Target
 __all__ = ["NOTHING", "PackedTarget", "TargetCache", "local_code", "pack_target", "target_name"]
 
 _EVERYWHERE = frozenset(
-    (
-        *("flame", "flame_broker", "flame_worker", "flame_infra", "flame_cli"),
-        "flame_orchestrator",
+    {
         "cloudpickle",  # which would go on without end to describe itself
-    )
+        "flame",
+        "flame_broker",
+        "flame_cli",
+        "flame_infra",
+        "flame_orchestrator",
+        "flame_worker",
+    }
 )
 """Packages that every worker has, wherever they lie here."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from itertools import count
@@ -86,9 +85,9 @@ async def test_a_broker_that_did_not_answer_once_is_asked_again(
 
 
 async def test_the_health_file_is_written_once_its_folder_is_there(
-    worker: Worker, tmp_path: Path
+    worker: Worker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await asyncio.sleep(0.03)
+    await eventually(lambda: "worker.health_file_failed" in caplog.text, 5)
     (tmp_path / "later").mkdir()
     await eventually((tmp_path / "later" / "health").exists, 5)
 

@@ -3,7 +3,8 @@
 Three rules make a slow call harmless to its neighbours (PROTOCOL.md, rules 2 and 14):
 
 - A slot that falls idle takes over calls that wait behind a running call in another slot.
-- A call that has waited 50 ms for a slot is handed back to its queue, alone in a frame.
+- A call that has waited 50 ms for a slot is handed back to its queue, alone in a frame; one that
+  comes from there again waits up to 250 ms.
 - Frames are held ahead of free slots only while calls are known to be short; otherwise the next one
   is asked for when a call is about to end, by the pace of its target, so that no slot waits for it.
 
