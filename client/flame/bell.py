@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import monotonic
+from typing import Final, TypeVar
 
-__all__ = ["Bell"]
+__all__ = ["Bell", "take"]
+
+T = TypeVar("T")
+
+_LOOK_S: Final = 0.5
 
 
 class Bell:
@@ -33,7 +38,25 @@ class Bell:
         while not condition():
             left_s = None if deadline is None else max(0.0, deadline - monotonic())
             try:
-                self._rings.get(timeout=left_s)
+                take(self._rings, left_s)
             except Empty:
                 return condition()
         return True
+
+
+def take(queue: SimpleQueue[T], timeout: float | None = None) -> T:
+    """Take what comes next out of a queue; Ctrl-C is heard while nothing comes.
+
+    CPython notes a signal, and looks for it before a wait; one that comes between that look and
+    the wait is seen when the wait ends, which may be never. So this looks twice a second.
+
+    Raises:
+        Empty: Nothing came in so many seconds.
+    """
+    deadline = None if timeout is None else monotonic() + timeout
+    while deadline is None or deadline - monotonic() > _LOOK_S:
+        try:
+            return queue.get(timeout=_LOOK_S)
+        except Empty:
+            continue
+    return queue.get(timeout=max(0.0, deadline - monotonic()))

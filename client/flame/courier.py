@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Final, TypeVar
 
 from flame.answers import Answers
+from flame.bell import take
 from flame.clusters import Cluster
 from flame.expiry import Expiry
 from flame.inquiry import Inquiry
@@ -303,7 +304,7 @@ class Courier:
 
         self._loop.call_soon_threadsafe(begin)
         try:
-            ended.get()
+            take(ended)
         except BaseException:  # Ctrl-C, or what another signal raises
             if or_give_up:
                 self._loop.call_soon_threadsafe(give_up)

@@ -10,8 +10,10 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
+from flame.bell import take
 from flame.packaging import PackedTarget, local_code
 from flame_broker.codec import Encoded, decode_value, encode_value
 from flame_broker.messages import INLINE_BYTES
@@ -41,7 +43,9 @@ class Values:
         self._lock = threading.Lock()
         self._store: Store | None = None
         self._pool: ThreadPoolExecutor | None = None
-        self._waiting = threading.BoundedSemaphore(_WAITING)
+        self._places: SimpleQueue[None] = SimpleQueue()
+        for _ in range(_WAITING):
+            self._places.put(None)
 
     @property
     def store(self) -> Store:
@@ -110,8 +114,8 @@ class Values:
         if not bounded:
             self._pool.submit(work)
             return
-        self._waiting.acquire()
-        self._pool.submit(work).add_done_callback(lambda _: self._waiting.release())
+        take(self._places)
+        self._pool.submit(work).add_done_callback(lambda _: self._places.put(None))
 
     def close(self) -> None:
         """Finish what runs in the background and let go of connections."""

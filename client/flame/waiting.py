@@ -13,6 +13,8 @@ from queue import SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from flame.bell import take
+
 if TYPE_CHECKING:
     from flame.futures import ObjectFuture
 
@@ -40,7 +42,7 @@ def as_they_end(futures: Iterable[ObjectFuture[Any]]) -> Iterator[ObjectFuture[A
             if future.done():
                 heard.put(future)
         while left:
-            future = heard.get()
+            future = take(heard)
             if future in left and future.done():  # a generator is heard at each item
                 del left[future]
                 yield future
