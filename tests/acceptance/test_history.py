@@ -38,6 +38,7 @@ def work(number):
     return number * 10
 
 def slow(path):
+    open(path + ".waited-for", "w").close()
     while not __import__("os").path.exists(path):
         time.sleep(0.01)
     return "at last"
@@ -73,6 +74,9 @@ def note(folder: str, number: int) -> int:
 def test_calls_of_a_killed_program_are_found_again_by_their_ids(
     cluster: LabCluster, tmp_path: Path
 ) -> None:
+    def states() -> Counter[str]:
+        return Counter(call["state"] for call in listed_calls(cluster))
+
     cluster.orchestrator()
     cluster.worker("--slots", "2")
     program, gate = tmp_path / "program.py", tmp_path / "gate"
@@ -80,11 +84,12 @@ def test_calls_of_a_killed_program_are_found_again_by_their_ids(
     doomed = Process([sys.executable, program, gate], env=cluster.environ)
     wait_until(lambda: len(doomed.output().splitlines()) >= 1 and "-6" in doomed.output(), 30)
     ids = next(line for line in doomed.output().splitlines() if "-6" in line).split()
+    wait_until(gate.with_name("gate.waited-for").exists, 30)  # it has left the program
     doomed.kill()
 
     # The history hears of a call a tenth of a second later, which `flame ps` may be ahead of.
     ended = {"succeeded": 4, "failed": 1, "queued": 1}
-    wait_until(lambda: Counter(call["state"] for call in listed_calls(cluster)) == ended, 30)
+    wait_until(lambda: states() == ended, 30, lambda: f"the calls in their states: {states()}")
     assert {call["id"] for call in listed_calls(cluster)} == {*ids}
     (failed,) = json.loads(cluster.command("ps", "--state", "failed", "--json").stdout)
     assert (failed["id"], failed["error"]) == (ids[3], "ValueError")
