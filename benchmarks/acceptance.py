@@ -115,6 +115,7 @@ TARGETS = [
     Target("whole / plain boto3", "≤", 1.5, "×", plain("array_256m", "times_plain")),
     Target("calls of 100 ms on 2 slots / ideal", "≤", 1.03, "×", over_ideal("nap_100ms")),
     Target("1 ms calls, 1 % of 5 s, 2 × 2 slots / ideal", "≤", 1.10, "×", over_ideal("mixed")),
+    Target("a call beside another client's map", "<", 2, "s", plain("beside_map", "worst_s")),
     Target("futures with an orchestrator", "≥", 0.85, "× without", plain("tracked", "kept")),
     Target("calls written into the history", "≥", 20_000, "/s", plain("history", "rate")),
     Target("flame ps over them", "<", 300, "ms", plain("history", "ps_ms")),

@@ -8,15 +8,18 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import flame
 import targets
-from measure import Driver, Figure, Peak
+from measure import Driver, Figure, Peak, timed_calls
 from processes import memory_bytes
 from s3_counting import served_bytes
 
@@ -28,6 +31,8 @@ ARRAY_SHAPE = (2048, 16_384)
 ARRAY_CALLS = 8
 MIXED_CALLS = 1_600
 SHORT_S = 0.001
+CROWD_CALLS = 1_000_000
+SINGLE_CALLS = 20
 READY_POLL_S = 0.01
 
 
@@ -55,6 +60,30 @@ def mixed(driver: Driver) -> Figure:
         system.stop_worker(second)
     ideal_s = perfect_packing_s(durations, 2 * system.lab.worker_processes)
     return {"calls": MIXED_CALLS, "seconds": elapsed, "ideal_s": ideal_s}
+
+
+def beside_map(driver: Driver) -> Figure:
+    """One call at a time of one client while a map of another client keeps all slots busy."""
+    system: FlameSystem = driver.system  # type: ignore[assignment]
+    over = threading.Event()
+
+    def crowd() -> None:
+        with system.runner.service(targets.nap).map(repeat(SHORT_S, CROWD_CALLS)) as results:
+            for _ in results:
+                if over.is_set():
+                    return
+
+    with system.new_client() as client:
+        service = flame.Runner(client=client).service(targets.noop)
+        assert service(0).get() == 0
+        crowding = threading.Thread(target=crowd)
+        crowding.start()
+        try:
+            times = timed_calls(lambda value: service(value).get(60), SINGLE_CALLS)
+        finally:
+            over.set()
+            crowding.join()
+    return {"calls": SINGLE_CALLS, "p50_s": statistics.median(times), "worst_s": max(times)}
 
 
 def await_children(system: FlameSystem, count: int, limit_s: float = 10.0) -> None:
@@ -158,6 +187,7 @@ def flame_help(driver: Driver) -> Figure:
 
 FIGURES: dict[str, Callable[[Driver], Figure]] = {
     "mixed": mixed,
+    "beside_map": beside_map,
     "array_256m": array_256m,
     "import_flame": import_flame,
     "flame_help": flame_help,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -113,13 +114,13 @@ def idle(driver: Driver) -> Figure:
     return {"seconds": elapsed, "cores": cores, "total_cores": sum(cores.values())}
 
 
-def timed_calls(system: System, count: int, limit_s: float) -> list[float]:
-    """Latencies in seconds of up to `count` calls, one after the other, within `limit_s`."""
+def timed_calls(call: Callable[[int], Any], count: int, limit_s: float = math.inf) -> list[float]:
+    """Latencies in seconds of up to `count` calls of `noop`, one at a time, within `limit_s`."""
     latencies: list[float] = []
     stop = time.perf_counter() + limit_s
     for value in range(count):
         started = time.perf_counter()
-        result = system.call(targets.noop, value)
+        result = call(value)
         ended = time.perf_counter()
         assert result == value, f"noop({value}) answered {result!r}"
         latencies.append(ended - started)
@@ -132,8 +133,9 @@ def sequential(driver: Driver) -> Figure:
     """Latency of one call at a time, after a tenth as many to warm up."""
     wanted = driver.settings.sequential_calls
     limit_s = driver.settings.sequential_limit_s
-    timed_calls(driver.system, wanted // 10, limit_s / 5)
-    latencies = timed_calls(driver.system, wanted, limit_s)
+    call = partial(driver.system.call, targets.noop)
+    timed_calls(call, wanted // 10, limit_s / 5)
+    latencies = timed_calls(call, wanted, limit_s)
     return {
         "calls": len(latencies),
         "p50_ms": statistics.median(latencies) * 1e3,

@@ -41,6 +41,7 @@ from services import Services, peers_python, services  # noqa: E402
 
 OWN_FIGURES = (
     "mixed",
+    "beside_map",
     "array_256m",
     "worker_ready",
     "import_flame",
