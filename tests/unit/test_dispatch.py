@@ -120,14 +120,14 @@ async def test_nothing_is_given_ahead_while_room_is_kept_for_another_class(tmp_p
         lab.slots[0].finish(seconds=0.0001)
         await lab.submit(frame_of([2]))
         await eventually(lambda: len(lab.slots[0].batches) == 1, 5)
-        lab.pool.reserved_class = "c1-m1"
+        lab.pool.kept_for = "c1-m1"
         await lab.submit(frame_of([3]))
         lab.dispatcher.pump()
         await eventually(lambda: lab.dispatcher.waits("c1"), 5)
         assert lab.slots[0].given == [1, 2]
         lab.slots[0].finish()
         assert lab.slots[0].started == [1, 2]
-        lab.pool.reserved_class = None
+        lab.pool.kept_for = None
         await eventually(lambda: lab.slots[0].started[-1] == 3, 5)
         lab.slots[0].finish()
         await lab.settled(3)

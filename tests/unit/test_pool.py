@@ -45,12 +45,42 @@ async def test_a_class_that_gave_up_its_slots_gets_them_again(tmp_path: Path) ->
 
 async def test_room_that_is_kept_for_one_class_is_not_taken_by_another(tmp_path: Path) -> None:
     async with bench(tmp_path, slots=1, capacity=Capacity(4, 2**34)) as lab:
-        lab.pool.reserved_class = "c4"
+        lab.pool.kept_for = "c4"
         lab.pool.grow("c1")
         assert lab.pool.room("c1") == 0
         lab.pool.grow("c4")
         await eventually(lambda: lab.pool.width("c4") == 1, 5)
         assert [slot.request.cpu for slot in lab.slots] == [1, 4]
+
+
+async def test_what_an_aged_call_waits_for_is_all_that_others_leave_it(tmp_path: Path) -> None:
+    capacity = Capacity(4, 2**34, 1)
+    async with bench(tmp_path, slots=2, capacity=capacity, gpus=1) as lab:
+        lab.pool.grow("c1-g1")
+        await eventually(lambda: lab.pool.width("c1-g1") == 1, 5)
+        lab.slots[-1].batches.append(_some_batch())
+        lab.pool.kept_for = "c1-g1"
+        assert lab.pool.left_by_the_aged("c1-g1of2") == 0
+        # The call that has the GPU has a cpu too, and both come free together.
+        assert lab.pool.left_by_the_aged("c1") == 3
+        assert lab.pool.room("c1") == 2
+        lab.pool.kept_for = "c4-g1"
+        assert lab.pool.left_by_the_aged("c1") == 0
+        assert lab.pool.room("c1") == 0
+        assert not lab.pool.idle("c1")
+
+
+async def test_room_for_two_is_not_kept_from_one_of_them(tmp_path: Path) -> None:
+    async with bench(tmp_path, slots=4, capacity=Capacity(4, 2**34)) as lab:
+        lab.pool.kept_for = "c2"
+        assert lab.pool.room("c1") == 2
+        assert len(lab.pool.idle("c1")) == 2
+        lab.slots[0].batches.append(_some_batch())
+        lab.slots[1].batches.append(_some_batch())
+        assert lab.pool.room("c1") == 0
+        lab.pool.grant("c2")
+        assert lab.pool.kept_for is None
+        assert lab.pool.room("c1") == 2
 
 
 async def test_a_call_that_died_waiting_gives_its_cpu_back_only_once(tmp_path: Path) -> None:

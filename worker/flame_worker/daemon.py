@@ -34,6 +34,7 @@ from flame_broker.topology import (
 )
 from flame_broker.transport import Delivery, Transport
 from flame_broker.urls import mask_url
+from flame_worker.aging import Aging
 from flame_worker.bridge import Bridge
 from flame_worker.capacity import detect_capacity, memory_share
 from flame_worker.dispatch import Dispatcher
@@ -54,7 +55,6 @@ _log = get_logger("flame.worker")
 
 _HEALTH_EVERY_S: Final = 2.0
 _LOOK_EVERY_S: Final = 1.0
-_RESERVE_AFTER_S: Final = 5.0
 _TRY_AGAIN_S: Final = 5.0
 _CONTROL_PREFETCH: Final = 100
 _CACHE_BYTES: Final = 20 * 2**30
@@ -403,32 +403,29 @@ class Worker:
             await asyncio.sleep(_HEALTH_EVERY_S)
 
     async def _keep_room_for_the_aged(self) -> None:
-        """A large call that has waited gets a reservation, or small ones would never end (14)."""
-        waiting_since: dict[str, float] = {}
+        """Calls that have waited long get room, or others would never leave them any (14)."""
+        aging = Aging()
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             # A refill that failed with the connection has nobody else to ask for the next.
             self._intake.refill()
-            for name in self._intake.class_names:
-                try:
-                    await self._consider_reserving(name, waiting_since)
-                except FlameError as problem:
-                    _log.debug("worker.backlog_unknown", reason=str(problem))
+            try:
+                waiting = {
+                    name: self._pool.granted[name]
+                    for name in self._intake.class_names
+                    if self._dispatcher.waits(name) or await self._intake.backlog(name)
+                }
+            except FlameError as problem:
+                _log.debug("worker.backlog_unknown", reason=str(problem))
+            else:
+                self._keep_room_for(aging.look(waiting, asyncio.get_running_loop().time()))
 
-    async def _consider_reserving(self, name: str, waiting_since: dict[str, float]) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._pool.room(name) and self._pool.reserved_class != name:
-            waiting_since.pop(name, None)
-        elif not (self._dispatcher.waits(name) or await self._intake.backlog(name)):
-            waiting_since.pop(name, None)
-            self._pool.grant(name)
-        elif now - waiting_since.setdefault(name, now) > _RESERVE_AFTER_S:
-            self._reserve(name)
-
-    def _reserve(self, class_name: str) -> None:
-        if self._pool.reserved_class is None and class_name != DEFAULT_CLASS:
-            _log.info("worker.reserving", resource_class=class_name)
-            self._pool.reserved_class = class_name
+    def _keep_room_for(self, class_name: str | None) -> None:
+        if class_name != self._pool.kept_for:
+            self._pool.kept_for = class_name
+            if class_name is not None:
+                _log.info("worker.keeps_room", resource_class=class_name)
+            self._dispatcher.pump()
 
     def _facts(self) -> dict[str, str | int | float | bool]:
         """What ``flame workers`` shows."""

@@ -346,7 +346,7 @@ class Dispatcher:
 
     def _soonest(self, class_name: str) -> Slot | None:
         """The slot that will be free first, if one takes calls ahead."""
-        if self.pool.reserved_class not in (None, class_name):
+        if not self.pool.left_by_the_aged(class_name):
             return None  # or room that is kept would never come about
         ready = (s for s in self.pool.slots(class_name) if s.ready and _takes_more(s))
         return min(ready, key=_unfinished, default=None)
@@ -415,8 +415,8 @@ class Dispatcher:
         """How long the calls of a frame may wait here."""
         if holding.suspect:
             return SUSPECT_S
-        room_is_kept = self.pool.reserved_class not in (None, holding.frame.spec.resources)
-        return LONE_S if holding.frame.handed and not room_is_kept else BUDGET_S
+        kept_out = not self.pool.left_by_the_aged(holding.frame.spec.resources)
+        return LONE_S if holding.frame.handed and not kept_out else BUDGET_S
 
     def _revoke_all(self, chosen: Callable[[_Given], bool]) -> None:
         """Take unstarted calls of the chosen batches back into the line, oldest first."""

@@ -119,7 +119,9 @@ class Intake:
         return list(self._taps)
 
     async def backlog(self, class_name: str) -> int:
-        """How many messages wait in the queues of a class."""
+        """How many messages wait in the queues of a class; none where it has credit for more."""
+        if class_name not in self._full:
+            return 0
         depths = [await self._transport.depth(t.queue.name) for t in self._taps[class_name]]
         return sum(depth or 0 for depth in depths)
 

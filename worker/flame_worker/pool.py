@@ -11,6 +11,7 @@ not its memory or GPU: a slot more may then be busy, and is started when there i
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
@@ -28,6 +29,8 @@ __all__ = ["SlotPool", "StartSlot"]
 
 _log = get_logger("flame.worker")
 
+_RESOURCES: Final = ("cpu", "mem_bytes", "gpu")
+_ANY: Final = sys.maxsize
 _MAX_EXTRA: Final = 64
 """Slots started because calls wait: a limit for programs that call themselves without end."""
 
@@ -74,11 +77,16 @@ class SlotPool:
         capacity: What this worker may reserve in all.
         gpus: The cards it hands out.
         make: Makes a slot.
+
+    Attributes:
+        kept_for: The class whose calls have waited so long that others leave them room.
+        granted: How often each class was given a slot.
     """
 
     def __init__(self, capacity: Capacity, gpus: GpuPool, make: StartSlot) -> None:
         self.capacity = capacity
-        self.reserved_class: str | None = None
+        self.kept_for: str | None = None
+        self.granted: Counter[str] = Counter()
         self._gpus = gpus
         self._make = make
         self._seats: dict[str, list[_Seat]] = {}
@@ -99,11 +107,11 @@ class SlotPool:
         await asyncio.gather(*(self._open(seat) for seat in seats))
 
     def idle(self, class_name: str) -> list[Slot]:
-        """Slots of a class that have nothing to do; none while room is kept for another class."""
-        if self.reserved_class not in (None, class_name):
-            return []
+        """Slots of a class that have nothing to do and may be used now."""
         seats = self._seats.get(class_name, ())
         found = [seat.slot for seat in seats if seat.idle and seat.slot is not None]
+        if self.kept_for is not None:
+            found = found[: self.left_by_the_aged(class_name)]
         return found[: self._more(class_name)] if self._extra else found
 
     def slots(self, class_name: str | None = None) -> Iterator[Slot]:
@@ -124,15 +132,13 @@ class SlotPool:
 
     def room(self, class_name: str) -> int:
         """How many calls of a class could start now, counting slots yet to be started."""
-        if self.reserved_class not in (None, class_name):
-            return 0
         request = ResourceRequirement.from_class_name(class_name)
         free, cards = self._free_without(self._idle_elsewhere(class_name))
         more, spare = 0, self._spare(class_name)
         while more < spare and _take(request, free, cards):
             free -= request
             more += 1
-        return len(self.idle(class_name)) + more
+        return min(len(self.idle(class_name)) + more, self.left_by_the_aged(class_name))
 
     def knows(self, class_name: str) -> bool:
         """Whether this is the name of a class at all."""
@@ -147,15 +153,39 @@ class SlotPool:
         request = ResourceRequirement.from_class_name(class_name)
         return request.fits(self.capacity) and request.gpu <= len(self._gpus)
 
+    def left_by_the_aged(self, class_name: str) -> int:
+        """How many calls of a class may start beside those that room is kept for.
+
+        What those wait for goes to nobody else. Of the rest, who holds what they wait for will
+        bring some along: a GPU comes free with the cpu of the call that had it.
+        """
+        if self.kept_for in (None, class_name):
+            return _ANY
+        kept, request = map(ResourceRequirement.from_class_name, (self.kept_for, class_name))
+        free = self._free()
+        for seat in self._all():
+            if seat.idle:
+                free += seat.request
+        short = [name for name in _RESOURCES if getattr(free, name) < getattr(kept, name)]
+        for seat in self._all():
+            if seat.works and any(getattr(seat.request, name) for name in short):
+                free += seat.request
+        used = [name for name in _RESOURCES if getattr(request, name)]
+        if not set(used).isdisjoint(short):
+            return 0
+        left = ((getattr(free, n) - getattr(kept, n)) // getattr(request, n) for n in used)
+        return max(0, int(min(left)))
+
     def grant(self, class_name: str) -> None:
         """A call of a class starts: if room was kept for it, that is over."""
-        if self.reserved_class == class_name:
-            self.reserved_class = None
+        self.granted[class_name] += 1
+        if self.kept_for == class_name:
+            self.kept_for = None
 
     def grow(self, class_name: str) -> None:
         """Start one more slot of a class, retiring idle slots of others if that makes the room."""
         request = ResourceRequirement.from_class_name(class_name)
-        if self.reserved_class not in (None, class_name) or self._spare(class_name) <= 0:
+        if not self.left_by_the_aged(class_name) or self._spare(class_name) <= 0:
             return
         if any(seat.starting for seat in self._of(class_name)):
             return
