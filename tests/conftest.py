@@ -45,12 +45,12 @@ def started(start: Callable[[], Service]) -> Service:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In a run of several processes, one does the acceptance tests with the heavy faults.
 
-    Another one does the rest of them, and all share the others.
+    The others take the rest of them file by file meanwhile, and all share what is left.
     """
     for item in items:
         if "acceptance" in item.path.parts:
-            group = "faults" if item.path.stem.removeprefix("test_") in _HEAVY else "programs"
-            item.add_marker(pytest.mark.xdist_group(group))
+            name = item.path.stem.removeprefix("test_")
+            item.add_marker(pytest.mark.xdist_group("faults" if name in _HEAVY else name))
 
 
 @pytest.fixture(scope="session", autouse=True)
