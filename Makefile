@@ -37,7 +37,7 @@ demo: $(VENV)/.examples  ## Sweep classifiers over worker processes; needs no se
 .PHONY: test
 test: $(VENV)/.dev  ## Run all tests; installs RabbitMQ and Redis when they are missing
 	@tools/require rabbitmq-server=rabbitmq-server redis-server=redis-server
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 .PHONY: test-all
 test-all: test  ## Run all tests, then those against PostgreSQL and RabbitMQ 4 (root, debootstrap)

@@ -19,18 +19,6 @@ pytest.register_assert_rewrite("contract")
 
 Service = TypeVar("Service")
 
-_HEAVY = {
-    "broker_cluster",
-    "broker_faults",
-    "chaos",
-    "clock_jumps",
-    "fairness",
-    "lost_workers",
-    "refusing_databases",
-    "store_faults",
-}
-"""Acceptance tests that start brokers of their own, or measure who comes first."""
-
 
 def started(start: Callable[[], Service]) -> Service:
     """Start a service; without its program skip here, and fail under continuous integration."""
@@ -40,17 +28,6 @@ def started(start: Callable[[], Service]) -> Service:
         if os.environ.get("CI"):
             pytest.fail(f"continuous integration needs every service: {exc}")
         pytest.skip(str(exc))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In a run of several processes, one does the acceptance tests with the heavy faults.
-
-    The others take the rest of them file by file meanwhile, and all share what is left.
-    """
-    for item in items:
-        if "acceptance" in item.path.parts:
-            name = item.path.stem.removeprefix("test_")
-            item.add_marker(pytest.mark.xdist_group("faults" if name in _HEAVY else name))
 
 
 @pytest.fixture(scope="session", autouse=True)
